@@ -1,0 +1,1 @@
+"""HiP attention as an out-of-tree plugin for SGLang."""

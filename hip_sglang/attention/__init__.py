@@ -1,0 +1,1 @@
+"""The attention backend and what it plans per forward pass."""

@@ -1,0 +1,1 @@
+"""The built-in retrieval model and the program that finds quotes with it."""

@@ -1,0 +1,1 @@
+"""Where keys, values and their summaries live."""

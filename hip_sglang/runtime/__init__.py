@@ -1,0 +1,1 @@
+"""How the plugin enters SGLang."""
