@@ -1,0 +1,55 @@
+# every target sets the environment up first; that costs milliseconds when it is already there
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+# the Python that .venv is made with (3.11 or 3.12); empty: the first that runs
+PYTHON ?=
+# the document that `make demo` quotes from; empty: the Python standard library's source
+DOC ?=
+# more arguments for pytest, as in: make check ARGS="-k select -x"
+ARGS ?=
+export PYTHON
+# nothing here downloads a model, a tokenizer or a data set
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo check test soak lint type bench lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
+	@scripts/setup.sh
+
+demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path]
+	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)")
+
+check: lint type ## lint, types and the fast tests: under two minutes
+	$(BIN)/pytest -m "not server and not soak" $(ARGS)
+
+test: lint type ## the gate: everything but the slow lane, under twenty minutes on two cores
+	$(BIN)/pytest -m "not soak" $(ARGS)
+
+soak: setup ## the slow lane; writes its row to benchmarks/results/soak.csv
+	$(BIN)/python scripts/soak.py $(ARGS)
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup ## mypy, strict, on the three packages
+	$(BIN)/mypy
+
+bench: setup ## attention on this machine against dense, quickly
+	$(BIN)/hip-sglang bench attention --context 32768 --json
+
+lock: setup ## rewrite requirements/lock.txt from a working .venv
+	scripts/lock.sh
+
+clean: ## remove .venv, caches and outputs
+	rm -rf .venv build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
