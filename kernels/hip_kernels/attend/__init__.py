@@ -1,0 +1,1 @@
+"""Queries, keys, values and a selection to outputs."""

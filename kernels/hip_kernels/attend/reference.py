@@ -1,0 +1,157 @@
+"""Attention over the selected pages, with every pruned page as one key of its own.
+
+One softmax over both: nothing of the context is dropped (docs/algorithm.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
+from hip_kernels.select.reference import NEVER, context_mask, mark, page_logits, select
+
+# logits that a wave of query blocks may hold in scratch, over the rows of one KV head
+WAVE_LOGITS = 1 << 23
+
+
+def attend(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+) -> Selection | None:
+    """Attend the query blocks and write their rows of ``out``.
+
+    query [T, Hq, D]; out [T, Hq, Dv]. Returns what was selected, None where every page was kept.
+    """
+    if blocks.local is None:
+        attend_all(query, kv, blocks, scale, out)
+        return None
+    return attend_sparse(query, kv, summaries, blocks, plan, scale, out)
+
+
+def attend_sparse(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+) -> Selection:
+    """Sink, chosen and window pages exactly, every other page through its summary."""
+    assert blocks.local is not None
+    near = summaries.take(blocks.local.pages)
+    plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
+    rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
+    columns = plan.exact_pages * PAGE_SIZE + 8 * near.mean.shape[1]
+    selected = []
+    for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
+        local = wave.local
+        assert local is not None
+        q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
+        logits = page_logits(q, near, plan)
+        context = context_mask(wave, local, near.mean.shape[1])
+        selection = select(logits.select, wave, local, context, plan)
+        pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
+        remainder = None
+        if logits.remainder is not None:
+            pruned = context & ~mark(lookup(local.table, pages), pages >= 0, context.shape[1])
+            remainder = logits.remainder.masked_fill_(~pruned.unsqueeze(2), NEVER)
+        key, value = kv.gather(lookup(wave.table, pages))
+        absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
+        future = future_keys(wave, wave.page[:, None], q.shape[2])
+        result = softmax_attend(q, key, value, future, absent, remainder, near.value)
+        scatter_rows(result, wave, out)
+        selected.append(selection.pages)
+    return Selection(torch.cat(selected), plan.sink_pages, plan.window_pages)
+
+
+def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, out: Tensor) -> None:
+    """Every page exactly: the dense attention that sparse is compared with, on the same code."""
+    shared = blocks.table.shape[0] == 1
+    rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
+    columns = blocks.table.shape[1] * PAGE_SIZE
+    if shared:
+        all_key, all_value = kv.gather(blocks.table[None])  # [Hkv, 1, P * 64, D]
+    for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
+        q = rows_of(query, wave, kv.kv_heads) * scale
+        first, last = int(wave.page.min()), int(wave.page.max())
+        tail = torch.arange(first, last + 1, device=query.device)
+        future = future_keys(wave, tail.expand(len(wave), -1), q.shape[2])  # [N, M, tail * 64]
+        if shared:
+            end = (last + 1) * PAGE_SIZE
+            result = softmax_attend(
+                q.flatten(1, 2).unsqueeze(1),
+                all_key[:, :, :end],
+                all_value[:, :, :end],
+                future.flatten(0, 1).unsqueeze(0),
+            ).view(*q.shape[:3], -1)
+        else:
+            key, value = kv.gather(wave.table[None])  # [Hkv, N, P * 64, D]
+            result = softmax_attend(q, key, value, future)
+        scatter_rows(result, wave, out)
+
+
+def rows_of(query: Tensor, blocks: QueryBlocks, kv_heads: int) -> Tensor:
+    """query [T, Hq, D] -> the blocks' rows [Hkv, N, R * G, D] in float32, the group innermost."""
+    count, rows = blocks.tokens.shape
+    found = query.index_select(0, blocks.tokens.flatten()).float()
+    found = found.view(count, rows, kv_heads, -1, query.shape[-1])  # [N, R, Hkv, G, D]
+    return found.permute(2, 0, 1, 3, 4).reshape(kv_heads, count, -1, query.shape[-1])
+
+
+def scatter_rows(result: Tensor, blocks: QueryBlocks, out: Tensor) -> None:
+    """result [Hkv, N, R * G, Dv] -> the blocks' rows of out [T, Hq, Dv]; padding is left out."""
+    heads, count, _, width = result.shape
+    rows = blocks.tokens.shape[1]
+    found = result.view(heads, count, rows, -1, width).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    real = blocks.position >= 0
+    out[blocks.tokens[real]] = found[real].to(out.dtype)
+
+
+def lookup(table: Tensor, pages: Tensor) -> Tensor:
+    """Logical pages [Hkv, N, K] through table [N | 1, P]; padding (-1) reads as page 0."""
+    return table.expand(*pages.shape[:2], -1).gather(2, pages.clamp(min=0))
+
+
+def future_keys(blocks: QueryBlocks, pages: Tensor, rows: int) -> Tensor:
+    """[N, rows, K * 64]: the keys of logical pages [N, K] that a row must not see; rows = R * G."""
+    offset = torch.arange(PAGE_SIZE, device=pages.device)
+    key = (pages.unsqueeze(-1) * PAGE_SIZE + offset).flatten(1)
+    # a padding row sees its block's first key, so that its softmax is finite; it is thrown away
+    row = blocks.position.where(blocks.position >= 0, blocks.page[:, None] * PAGE_SIZE)
+    return key[:, None] > row.repeat_interleave(rows // row.shape[1], 1).unsqueeze(-1)
+
+
+def softmax_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future: Tensor,
+    absent: Tensor | None = None,
+    remainder: Tensor | None = None,
+    remainder_value: Tensor | None = None,
+) -> Tensor:
+    """One softmax over exact keys and pruned pages.
+
+    query [Hkv, N, M, D] scaled; key [Hkv, N, T, D]; value [Hkv, N, T, Dv]; future [N, M, F] hides
+    some of the last F keys from some rows, absent [Hkv, N, T] keys from all of them;
+    remainder [Hkv, N, M, S] logits of pruned pages, -inf for all others; remainder_value
+    [Hkv, S, Dv] -> [Hkv, N, M, Dv].
+    """
+    logits = query @ key.transpose(-1, -2)
+    logits[..., -future.shape[-1] :].masked_fill_(future, NEVER)
+    if absent is not None and bool(absent.any()):
+        logits.masked_fill_(absent.unsqueeze(-2), NEVER)
+    if remainder is None or remainder_value is None:
+        return logits.softmax(-1) @ value
+    exact = logits.shape[-1]
+    weight = torch.cat([logits, remainder], -1).softmax(-1)
+    return weight[..., :exact] @ value + weight[..., exact:] @ remainder_value.unsqueeze(1)

@@ -1,0 +1,102 @@
+"""Which query blocks a batch has: the plan of one forward pass, shared by all of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hip_kernels.layout import PAGE_SIZE, LocalPages, QueryBlocks
+
+
+def plan_blocks(
+    prefix_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    page_table: Tensor,
+    *,
+    sparse_from: int | None,
+    sparse_decode_from: int | None,
+) -> list[QueryBlocks]:
+    """Cut a batch of extends into query blocks that can be computed together.
+
+    Request b brings the tokens ``prefix_lens[b] .. seq_lens[b] - 1``, back to back in the flat
+    batch; page_table [B, P] leads from its logical pages to physical ones. A request that brings
+    one token is a decode step, whether it arrives in a decode batch or in a mixed one. Blocks at
+    positions from ``sparse_from`` on (``sparse_decode_from`` for decode steps) prune; None never
+    does. Only a block's own position decides, never the batch.
+    """
+    prefix = torch.tensor(prefix_lens, dtype=torch.int64)
+    length = torch.tensor(seq_lens, dtype=torch.int64)
+    start = (length - prefix).cumsum(0) - (length - prefix)  # [B] first row in the flat batch
+    first, last = prefix // PAGE_SIZE, (length - 1) // PAGE_SIZE
+    decode = length - prefix == 1
+    single = (first == last) & ~decode & (length > prefix)
+
+    def of(requests: Tensor, rows: int, threshold: int | None) -> list[QueryBlocks]:
+        """One block a request; sorted by length, so that waves pad their tables little."""
+        requests = requests[last[requests].argsort(stable=True)]
+        return _split_by(
+            threshold,
+            page=last[requests],
+            prefix=prefix[requests],
+            length=length[requests],
+            start=start[requests],
+            table=page_table[requests],
+            rows=rows,
+        )
+
+    found = of(decode.nonzero().flatten(), 1, sparse_decode_from)
+    found += of(single.nonzero().flatten(), PAGE_SIZE, sparse_from)
+    for b in ((last > first) & ~decode).nonzero().flatten().tolist():
+        found += _split_by(
+            sparse_from,
+            page=torch.arange(int(first[b]), int(last[b]) + 1),
+            prefix=prefix[b : b + 1],
+            length=length[b : b + 1],
+            start=start[b : b + 1],
+            table=page_table[b : b + 1],
+            rows=PAGE_SIZE,
+        )
+    return found
+
+
+def _split_by(
+    threshold: int | None,
+    *,
+    page: Tensor,  # [N]
+    prefix: Tensor,  # [N | 1]
+    length: Tensor,  # [N | 1]
+    start: Tensor,  # [N | 1]
+    table: Tensor,  # [N | 1, P]
+    rows: int,
+) -> list[QueryBlocks]:
+    """The blocks below the threshold, which keep every page, and those that prune."""
+    base = page * PAGE_SIZE if rows == PAGE_SIZE else length - 1
+    position = base[:, None] + torch.arange(rows)  # [N, R]
+    real = (position >= prefix[:, None]) & (position < length[:, None])
+    tokens = (start[:, None] + position - prefix[:, None]).where(real, start[:, None])
+    position = position.where(real, -1)
+    sparse = torch.zeros_like(page, dtype=torch.bool)
+    if threshold is not None:
+        sparse = page * PAGE_SIZE >= threshold
+    found = []
+    for prunes, members in ((False, ~sparse), (True, sparse)):
+        if not bool(members.any()):
+            continue
+        some = page[members]
+        pages = int(some.max()) + 1
+        near = (table if table.shape[0] == 1 else table[members])[:, :pages].long()
+        # beyond its end a request's row holds whatever was there: any page of its own will do
+        own = torch.arange(near.shape[1]) <= (some[:, None] if len(near) > 1 else pages - 1)
+        near = near.where(own, near[:, :1])
+        found.append(
+            QueryBlocks(
+                tokens=tokens[members],
+                position=position[members],
+                page=some,
+                table=near,
+                local=LocalPages.of(near) if prunes else None,
+            )
+        )
+    return found

@@ -1,0 +1,193 @@
+"""The tensors that travel, and their shapes.
+
+Units: a page is 64 consecutive tokens of one request. A *physical* page is a place in the pool
+(slot = page * 64 + offset); a *logical* page is a position within the request (page p holds the
+tokens 64p .. 64p + 63). A page table maps the second to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 64
+SUB_PAGE_SIZE = 16
+SUB_PAGES = PAGE_SIZE // SUB_PAGE_SIZE
+
+Remainder = Literal["harmonic", "log_cosh", "quadratic", "mean", "none"]
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """What one layer attends exactly, in pages, and how it estimates the rest."""
+
+    sink_pages: int = 1
+    window_pages: int = 16
+    budget_pages: int = 32
+    remainder: Remainder = "harmonic"
+    sub_page_means: bool = True
+
+    @property
+    def exact_pages(self) -> int:
+        """The most pages that one query block attends exactly, its own page included."""
+        return self.sink_pages + self.budget_pages + self.window_pages + 1
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of one layer as SGLang pools them, one row a token slot."""
+
+    key: Tensor  # [pages * 64, Hkv, D]
+    value: Tensor  # [pages * 64, Hkv, Dv]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    def gather(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """pages [Hkv | 1, N, K] physical -> keys [Hkv, N, K * 64, D], values [.., Dv], float32."""
+        return _gather(self.key, pages), _gather(self.value, pages)
+
+
+def _gather(rows: Tensor, pages: Tensor) -> Tensor:
+    heads, width = rows.shape[1], rows.shape[2]
+    if pages.numel() == 1 or (pages.shape[:2] == (1, 1) and bool((pages[0, 0].diff() == 1).all())):
+        # one run of the pool: a view costs nothing, a copy of a long context costs a great deal
+        run = rows.narrow(0, int(pages[0, 0, 0]) * PAGE_SIZE, pages.shape[2] * PAGE_SIZE)
+        return run.transpose(0, 1).unsqueeze(1).float()
+    slots = pages.unsqueeze(-1) * PAGE_SIZE + torch.arange(PAGE_SIZE, device=pages.device)
+    index = slots * heads + torch.arange(heads, device=pages.device).view(-1, 1, 1, 1)
+    found = rows.reshape(-1, width).index_select(0, index.flatten())
+    return found.view(heads, pages.shape[1], -1, width).float()
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """What is kept of every page of one layer, by physical page.
+
+    Made of the stored keys and values when a page's 64th token is written, never before.
+    """
+
+    mean: Tensor  # [Hkv, pages, D] mean key
+    sigma: Tensor  # [Hkv, pages, D] standard deviation of the keys, per channel
+    value: Tensor  # [Hkv, pages, Dv] mean value
+    sub_mean: Tensor | None  # [Hkv, 4, pages, D] mean keys of 16 tokens, for selecting only
+
+    @classmethod
+    def empty(
+        cls,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        sub_page_means: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Summaries:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            mean=zeros(kv_heads, pages, head_dim),
+            sigma=zeros(kv_heads, pages, head_dim),
+            value=zeros(kv_heads, pages, value_dim),
+            sub_mean=zeros(kv_heads, SUB_PAGES, pages, head_dim) if sub_page_means else None,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = [self.mean, self.sigma, self.value, self.sub_mean]
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def take(self, pages: slice | Tensor) -> Summaries:
+        """The summaries of some physical pages, in float32: a slice is a view, an index copies."""
+
+        def of(tensor: Tensor) -> Tensor:
+            if isinstance(pages, slice):
+                return tensor[..., pages, :].float()
+            return tensor.index_select(-2, pages).float()
+
+        return Summaries(
+            mean=of(self.mean),
+            sigma=of(self.sigma),
+            value=of(self.value),
+            sub_mean=None if self.sub_mean is None else of(self.sub_mean),
+        )
+
+
+@dataclass(frozen=True)
+class LocalPages:
+    """The pool pages that some query blocks can see, and the table that leads to them."""
+
+    pages: slice | Tensor  # physical pages: a run of the pool, or an index [S]
+    table: Tensor  # [N | 1, P] logical page -> position in ``pages``
+
+    @classmethod
+    def of(cls, table: Tensor) -> LocalPages:
+        """table [N | 1, P] physical."""
+        low, high = int(table.min()), int(table.max()) + 1
+        # scoring a run of the pool where it lies reads each summary once; gathering copies it first
+        if high - low <= 2 * table.numel():
+            return cls(slice(low, high), table - low)
+        pages, local = torch.unique(table, return_inverse=True)
+        return cls(pages, local)
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Query blocks that are computed together: N blocks of R rows (decode: R = 1).
+
+    A prefill block holds the rows of one absolute multiple of 64, so that chunks and radix hits
+    do not change which rows select together.
+    """
+
+    tokens: Tensor  # [N, R] index of each row in the flat batch; padding repeats a valid one
+    position: Tensor  # [N, R] absolute position of each row; -1 is padding
+    page: Tensor  # [N] the logical page that holds the block; pages before it are its context
+    table: Tensor  # [N | 1, P] physical pages in logical order; 1 when all blocks share a request
+    local: LocalPages | None  # where the context's summaries are; None keeps every page
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def split(self, blocks: int) -> Iterator[QueryBlocks]:
+        """Waves of at most ``blocks`` query blocks, each with no more of the table than it sees."""
+        for start in range(0, len(self), blocks):
+            part = slice(start, start + blocks)
+            page = self.page[part]
+            seen = int(page.max()) + 1
+
+            def trim(table: Tensor, part: slice = part, seen: int = seen) -> Tensor:
+                return (table if table.shape[0] == 1 else table[part])[:, :seen]
+
+            local = self.local
+            yield QueryBlocks(
+                tokens=self.tokens[part],
+                position=self.position[part],
+                page=page,
+                table=trim(self.table),
+                local=local and LocalPages(local.pages, trim(local.table)),
+            )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pages that each query block attends exactly, in page order: sink, chosen, window, own."""
+
+    pages: Tensor  # [N, Hkv, K] logical pages; -1 is padding
+    sink_pages: int
+    window_pages: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """[N, Hkv, budget] the pages that were chosen by their summaries; -1 is padding."""
+        return self.pages[..., self.sink_pages : self.pages.shape[-1] - self.window_pages - 1]

@@ -1,0 +1,1 @@
+"""Queries and summaries to the pages that are attended exactly."""

@@ -1,0 +1,125 @@
+"""Attention at the kernels' door, against plain loops and against torch's own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hip_kernels.layout import Remainder, SparsePlan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.brute import Request, expected, make_requests, run
+
+SMALL = SparsePlan(sink_pages=1, window_pages=2, budget_pages=2)
+
+
+def queries(requests: list[Request], heads: int, width: int, seed: int = 1) -> torch.Tensor:
+    rows = sum(request.length - request.prefix for request in requests)
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(rows, heads, width, generator=generator)
+
+
+def dense(requests: list[Request], query: torch.Tensor) -> torch.Tensor:
+    outputs, row = [], 0
+    for request in requests:
+        new = request.length - request.prefix
+        q = query[row : row + new].transpose(0, 1)
+        row += new
+        mask = torch.ones(request.length, request.length).tril().bool()[-new:]
+        group = query.shape[1] // request.key.shape[1]
+        key = request.key.transpose(0, 1).repeat_interleave(group, 0)
+        value = request.value.transpose(0, 1).repeat_interleave(group, 0)
+        found = torch.nn.functional.scaled_dot_product_attention(q, key, value, attn_mask=mask)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("remainder", ["harmonic", "log_cosh", "quadratic", "mean", "none"])
+@pytest.mark.parametrize("sub_page_means", [True, False])
+def test_a_mixed_batch_equals_plain_loops(remainder: Remainder, sub_page_means: bool) -> None:
+    plan = SparsePlan(1, 2, 2, remainder, sub_page_means)
+    # a decode step, a chunk that begins and ends inside pages, a short prompt, a one-page extend
+    shapes = [(700, 1), (450, 150), (0, 37), (515, 20)]
+    requests = make_requests(shapes, heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    limits = {"sparse_from": 256, "sparse_decode_from": 128}
+    found = run(requests, query, plan, **limits)
+    torch.testing.assert_close(
+        found.double(), expected(requests, query, plan, **limits), rtol=1e-4, atol=1e-5
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 300)), min_size=1, max_size=4),
+    group=st.integers(1, 3),
+    width=st.sampled_from([1, 7, 64, 80]),
+    seed=st.integers(0, 1000),
+)
+def test_keep_all_and_a_budget_beyond_the_context_are_dense(
+    shapes: list[tuple[int, int]], group: int, width: int, seed: int
+) -> None:
+    requests = make_requests(shapes, heads=2, width=width, value_width=width, seed=seed)
+    query = queries(requests, 2 * group, width, seed)
+    reference = dense(requests, query)
+    keep_all = run(requests, query, SMALL, sparse_from=None, sparse_decode_from=None, seed=seed)
+    torch.testing.assert_close(keep_all, reference, rtol=1e-4, atol=1e-5)
+    ample = SparsePlan(1, 2, 99)
+    sparse = run(requests, query, ample, sparse_from=0, sparse_decode_from=0, seed=seed)
+    torch.testing.assert_close(sparse, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_of_whole_pages_do_not_change_what_is_computed() -> None:
+    whole = make_requests([(0, 900)], heads=2, width=32, value_width=32)
+    query = queries(whole, 4, 32)
+    limits = {"sparse_from": 192, "sparse_decode_from": 192}
+    at_once = run(whole, query, SMALL, **limits)
+    key, value = whole[0].key, whole[0].value
+    for start, end in ((0, 320), (320, 384), (384, 900)):
+        chunk = Request(key[:end], value[:end], prefix=start)
+        found = run([chunk], query[start:end], SMALL, **limits, seed=start)
+        torch.testing.assert_close(found, at_once[start:end], rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_does_not_depend_on_who_else_is_in_the_batch() -> None:
+    shapes = [(640, 1), (333, 1), (1200, 1), (256, 130)]
+    requests = make_requests(shapes, heads=1, width=16, value_width=16)
+    query = queries(requests, 2, 16)
+    limits = {"sparse_from": 64, "sparse_decode_from": 64}
+    together = run(requests, query, SMALL, **limits)
+    row = 0
+    for request in requests:
+        new = request.length - request.prefix
+        alone = run([request], query[row : row + new], SMALL, **limits, seed=7)
+        torch.testing.assert_close(alone, together[row : row + new], rtol=1e-4, atol=1e-5)
+        row += new
+
+
+def test_the_remainder_comes_nearer_to_dense_than_dropping() -> None:
+    generator = torch.Generator().manual_seed(0)
+    topic = torch.randn(8, 2, 64, generator=generator).repeat_interleave(512, 0)
+    noise = torch.randn(2, 4096, 2, 64, generator=generator)
+    request = Request(topic + 0.7 * noise[0], topic.roll(1, 1) + 0.5 * noise[1], prefix=4095)
+    requests = [request]
+    query = queries(requests, 4, 64)
+    reference = dense(requests, query)
+
+    def error(remainder: Remainder) -> float:
+        plan = SparsePlan(1, 2, 2, remainder)
+        found = run(requests, query, plan, sparse_from=0, sparse_decode_from=0)
+        return float((found - reference).norm() / reference.norm())
+
+    assert error("harmonic") < error("mean") < error("none")
+    assert error("harmonic") < 0.25 * error("none")
+
+
+def test_half_precision_keys_are_attended_in_float32() -> None:
+    requests = make_requests([(500, 70)], heads=2, width=32, value_width=32)
+    for request in requests:
+        request.key = request.key.bfloat16().float()
+        request.value = request.value.bfloat16().float()
+    query = queries(requests, 4, 32).bfloat16()
+    limits = {"sparse_from": 64, "sparse_decode_from": 64}
+    found = run(requests, query, SMALL, **limits)
+    reference = expected(requests, query.float(), SMALL, **limits)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-4)
