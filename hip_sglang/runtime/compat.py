@@ -1,0 +1,76 @@
+"""The one place that patches SGLang's internals: each symbol, and why no registry reaches it.
+
+Written against SGLang 0.5.21. ``missing()`` says which targets are not patched, because SGLang
+logs and forgets a hook that fails; the resolution step and every rank's backend factory ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hip_sglang.runtime import doors, host_platform
+
+
+@dataclass(frozen=True)
+class Hook:
+    """An AROUND hook: ``hook(original, *args, **kwargs)`` in place of the symbol ``target``."""
+
+    target: str
+    hook: Callable[..., Any]
+    why: str
+
+
+def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
+    return not host_platform.is_active() and original(backend)
+
+
+def _get_last_loc(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not host_platform.is_active():
+        return original(*args, **kwargs)
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args, **kwargs)
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        doors.add_cli_args,
+        "ServerArgs is a generated struct: --hip-config and --hip-preset cannot be fields of it",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        doors.from_cli_args,
+        "copies known fields only, so the values of our flags would be lost",
+    ),
+    Hook(
+        "sglang.srt.utils.common.support_triton",
+        _support_triton,
+        "names two backends that go without Triton; without an accelerator none can launch it",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocation.get_last_loc",
+        _get_last_loc,
+        "chooses a Triton kernel by the backend's name, with a list of its own",
+    ),
+)
+
+
+def install() -> None:
+    """Register every hook; SGLang applies them when all plugins are loaded."""
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in HOOKS:
+        HookRegistry.register(hook.target, hook.hook, HookType.AROUND)
+    # an override point of Engine's own, so that sgl.Engine(hip_config=...) is understood
+    Engine.server_args_class = staticmethod(doors.engine_server_args)
+
+
+def missing() -> list[str]:
+    """The targets that are not patched in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [hook.target for hook in HOOKS if hook.target not in HookRegistry._patched]

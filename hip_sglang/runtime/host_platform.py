@@ -1,0 +1,49 @@
+"""SGLang on a machine without an accelerator: an out-of-tree CPU platform.
+
+SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs a compiled ``sgl_kernel`` that PyPI
+does not carry. This platform needs torch alone, on any x86 or ARM machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+PLATFORM = "hip_sglang.runtime.plain_cpu.PlainCpuPlatform"
+
+
+def activate() -> str | None:
+    """The ``sglang.srt.platforms`` entry point: our platform's name where nothing faster exists.
+
+    SGLang calls this while importing ``sglang.srt.utils.common``, in every process and before
+    anything imports transformers or torchvision, so nothing of ``sglang`` may be imported here.
+    """
+    if has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return None
+    from hip_sglang.runtime.torchvision_ops import declare_missing_operators
+
+    declare_missing_operators()
+    return PLATFORM
+
+
+def is_active() -> bool:
+    """Whether this process runs on our platform."""
+    from sglang.srt.platforms import current_platform
+
+    return f"{type(current_platform).__module__}.{type(current_platform).__name__}" == PLATFORM
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a device that SGLang would choose before the CPU."""
+    if torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available():
+        return True
+    npu = getattr(torch, "npu", None)
+    return npu is not None and bool(npu.is_available())
+
+
+def processors() -> list[int]:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -1,0 +1,131 @@
+"""What hip_attention refuses at start: one line each, with the reason and an alternative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hip_kernels.layout import PAGE_SIZE
+
+BACKEND = "hip_attention"
+SUPPORTED_SGLANG = "0.5.21"
+
+
+class UnsupportedError(ValueError):
+    """A combination that hip_attention does not serve; its message is one line for the operator."""
+
+
+def asks_for_backend(args: Any) -> bool:
+    """Whether either phase is to be served by hip_attention."""
+    return BACKEND in (
+        args.attention_backend,
+        args.prefill_attention_backend,
+        args.decode_attention_backend,
+    )
+
+
+def check_version(version: str) -> None:
+    """Refuse every SGLang but the one whose internals this package was written against."""
+    # a local suffix (0.5.21+cpu) names a build, not another release
+    if version.split("+")[0] != SUPPORTED_SGLANG:
+        raise UnsupportedError(
+            f"sglang {version} is installed, but {BACKEND} supports {SUPPORTED_SGLANG} only; "
+            f"pip install sglang=={SUPPORTED_SGLANG}, or choose another --attention-backend"
+        )
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse what the server arguments alone show to be impossible."""
+    for unsupported, what, remedy in _refused_features(args):
+        if unsupported:
+            raise UnsupportedError(f"{BACKEND} does not support {what}; {remedy}")
+    prefill = args.prefill_attention_backend or args.attention_backend
+    decode = args.decode_attention_backend or args.attention_backend
+    if {prefill, decode} != {BACKEND}:
+        raise UnsupportedError(
+            f"{BACKEND} must serve both phases, not prefill={prefill} with decode={decode}: they "
+            f"share its page summaries; give --attention-backend {BACKEND}, and --hip-preset "
+            "quality for dense prefill"
+        )
+    if args.page_size not in (None, PAGE_SIZE):
+        raise UnsupportedError(
+            f"{BACKEND} works in pages of {PAGE_SIZE} tokens, not --page-size {args.page_size}; "
+            f"leave --page-size out or set it to {PAGE_SIZE}"
+        )
+
+
+def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
+    """Each as (asked for, what it is, what to do instead)."""
+    return [
+        (
+            args.speculative_algorithm is not None,
+            f"speculative decoding (--speculative-algorithm {args.speculative_algorithm})",
+            "leave it out",
+        ),
+        (
+            args.enable_hierarchical_cache,
+            "HiCache (--enable-hierarchical-cache)",
+            "leave it out",
+        ),
+        (
+            args.enable_lmcache or args.enable_flexkv,
+            "another KV cache store (--enable-lmcache, --enable-flexkv)",
+            "leave it out",
+        ),
+        (
+            args.disaggregation_mode != "null",
+            f"PD disaggregation (--disaggregation-mode {args.disaggregation_mode})",
+            "serve both phases in one process",
+        ),
+        (
+            args.dcp_size > 1 or args.attn_cp_size > 1 or args.enable_prefill_cp,
+            "context parallelism (--dcp-size, --attn-cp-size, --enable-prefill-cp)",
+            "use --tp-size, up to the model's number of KV heads",
+        ),
+        (args.enable_hisparse, "HiSparse (--enable-hisparse)", "choose one of the two"),
+        (
+            args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+            f"--kv-cache-dtype {args.kv_cache_dtype}",
+            "use auto or bfloat16",
+        ),
+        (
+            args.chunked_prefill_size is not None
+            and args.chunked_prefill_size % PAGE_SIZE > 0
+            # -1 is sglang's word for "no chunks"
+            and args.chunked_prefill_size > 0,
+            f"--chunked-prefill-size {args.chunked_prefill_size}",
+            f"use a multiple of {PAGE_SIZE}",
+        ),
+    ]
+
+
+def check_model(model: Any, tp_size: int) -> None:
+    """Refuse what the model's configuration (sglang's ``ModelConfig``) shows to be impossible."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    name = (model.hf_config.architectures or ["this model"])[0]
+    mamba = mambaish_config(model) is not None or model.attention_arch == AttentionArch.SSM
+    for unsupported, why in (
+        (mamba, "it has Mamba or linear-attention layers"),
+        (not mamba and model.attention_arch != AttentionArch.MHA, "it uses latent attention (MLA)"),
+        (model.is_encoder_decoder, "it is an encoder-decoder"),
+        (_slides(model), "it has sliding-window layers"),
+    ):
+        if unsupported:
+            raise UnsupportedError(
+                f"{BACKEND} does not serve {name}: {why}; choose another --attention-backend for it"
+            )
+    kv_heads = model.get_total_num_kv_heads()
+    if tp_size > kv_heads:
+        raise UnsupportedError(
+            f"--tp-size {tp_size} is more than the {kv_heads} KV heads of {name}: {BACKEND} "
+            f"selects pages per KV head and cannot split one; use --tp-size {kv_heads} or less"
+        )
+
+
+def _slides(model: Any) -> bool:
+    if model.is_hybrid_swa:
+        return True
+    # qwen2 and its relatives carry a window that this switch leaves unused
+    used = getattr(model.hf_text_config, "use_sliding_window", True)
+    return bool(used and model.sliding_window_size)

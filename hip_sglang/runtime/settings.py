@@ -1,0 +1,114 @@
+"""What hip_attention, and a machine without an accelerator, decide about SGLang's arguments.
+
+Two steps of SGLang's own resolution, registered in ``plugin.py``: one as soon as the device is
+known, one when the model and the attention backend are.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hip_kernels.layout import PAGE_SIZE
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+
+from hip_sglang.runtime import host_platform
+from hip_sglang.runtime.requirements import BACKEND, UnsupportedError
+
+MAX_RUNNING_REQUESTS = 256
+MAX_RUNNING_REQUESTS_CPU = 16
+# req_to_token has one int32 per running request and position of the context
+REQ_TO_TOKEN_BYTES = 1 << 30
+# of the memory that is free beside the weights: the rest is for activations and for others
+KV_SHARE_OF_FREE_MEMORY = 1 / 3
+
+
+def settle_device(server_args: Any) -> None:
+    """Once the device is known: a CPU needs our platform, and its ranks a share of the cores."""
+    cfg = resolving_view(server_args)
+    if cfg.device != "cpu":
+        return
+    if not host_platform.is_active():
+        raise UnsupportedError(
+            f"{BACKEND} on --device cpu needs the platform that comes with it, which is not "
+            "active; unset SGLANG_USE_CPU_ENGINE, SGLANG_PLATFORM and SGLANG_PLUGINS, on a "
+            "machine without an accelerator"
+        )
+
+
+def settle_host(server_args: Any) -> None:
+    """On our CPU platform, for every backend: token capacity by free memory, cores by rank."""
+    cfg = resolving_view(server_args)
+    ranks = cfg.tp_size * cfg.pp_size * (1 if cfg.enable_dp_attention else cfg.dp_size)
+    if ranks > 1:
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _processors_by_rank(ranks))
+    if cfg.max_running_requests is None:
+        declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
+    # a fraction given by the user says how much memory to take; then we say nothing
+    if cfg.max_total_tokens is None and server_args.mem_fraction_static is None:
+        declare_resolution(server_args, BACKEND, max_total_tokens=_host_tokens(server_args))
+
+
+def settle_backend(server_args: Any) -> None:
+    """For hip_attention: its page size, and no more request rows than a long context allows."""
+    cfg = resolving_view(server_args)
+    declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
+    if cfg.max_running_requests is None:
+        declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
+    if cfg.device == "cpu":
+        _disable_graphs(server_args)
+
+
+def _disable_graphs(server_args: Any) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    config = resolving_view(server_args).cuda_graph_config
+    for phase in Phase.ALL:
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    declare_resolution(server_args, BACKEND, cuda_graph_config=config)
+
+
+def _running_requests(cfg: Any) -> int:
+    most = MAX_RUNNING_REQUESTS_CPU if cfg.device == "cpu" else MAX_RUNNING_REQUESTS
+    row_bytes = 4 * model_config_of(cfg).context_len
+    return int(max(1, min(most, REQ_TO_TOKEN_BYTES // row_bytes)))
+
+
+def _processors_by_rank(ranks: int) -> str:
+    """SGLang's notation: "0,1|2,3" gives two processors to each of two ranks."""
+    processors = host_platform.processors()
+    share = max(1, len(processors) // ranks)
+    # with fewer processors than ranks some share one
+    groups = [
+        [processors[(rank * share + core) % len(processors)] for core in range(share)]
+        for rank in range(ranks)
+    ]
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def _host_tokens(server_args: Any) -> int:
+    """How many tokens of KV this machine, or the container we are in, has room for."""
+    from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
+
+    cfg = resolving_view(server_args)
+    model = model_config_of(server_args)
+    free = available_host_memory_bytes() - _checkpoint_bytes(cfg.model_path)
+    room = max(0, free) * KV_SHARE_OF_FREE_MEMORY / _kv_bytes_per_token(model)
+    tokens = int(min(room, cfg.max_running_requests * model.context_len)) // PAGE_SIZE * PAGE_SIZE
+    if tokens < cfg.chunked_prefill_size:
+        raise UnsupportedError(
+            f"free memory has room for {tokens:,} tokens of KV beside the weights, less than one "
+            f"prefill chunk of {cfg.chunked_prefill_size:,}; free some, or set --max-total-tokens"
+        )
+    return tokens
+
+
+def _kv_bytes_per_token(model: Any) -> int:
+    values = model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
+    return int(model.num_hidden_layers * values * model.dtype.itemsize)
+
+
+def _checkpoint_bytes(model_path: str) -> int:
+    """Size of the weights on disk; nothing is known of a model that is yet to be downloaded."""
+    return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
