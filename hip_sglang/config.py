@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hip_kernels.layout import PAGE_SIZE, Remainder
+from hip_kernels.layout import PAGE_SIZE, Remainder, SparsePlan
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Preset = Literal["balanced", "quality", "dense"]
@@ -30,16 +30,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer does, in pages."""
+    """What one layer does: which queries prune, and how."""
 
-    sink_pages: int
-    window_pages: int
-    budget_pages: int
-    dense_threshold: int
-    sparse_prefill: bool
-    sparse_decode: bool
-    remainder: Remainder
-    sub_page_means: bool
+    pages: SparsePlan
+    sparse_from: int | None  # prefill blocks at this position or later prune; None: never
+    sparse_decode_from: int | None  # the same of decode steps
+
+    @property
+    def prunes(self) -> bool:
+        return self.sparse_from is not None or self.sparse_decode_from is not None
 
 
 class HipConfig(BaseModel):
@@ -124,15 +123,19 @@ class HipConfig(BaseModel):
 
     def layer_plan(self, layer_id: int) -> LayerPlan:
         """The settings of one layer, in pages; today every layer has the same."""
-        return LayerPlan(
+        pages = SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
             budget_pages=self.budget // PAGE_SIZE,
-            dense_threshold=self.dense_threshold,
-            sparse_prefill=self.prefill == "sparse",
-            sparse_decode=self.decode == "sparse",
             remainder=self.remainder,
             sub_page_means=self.sub_page_means,
+        )
+        # where the exact pages hold all of the context, pruning would keep everything
+        start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
+        return LayerPlan(
+            pages=pages,
+            sparse_from=start if self.prefill == "sparse" else None,
+            sparse_decode_from=start if self.decode == "sparse" else None,
         )
 
 

@@ -1,0 +1,99 @@
+"""The attention backend that SGLang calls: write, summarise, attend."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from hip_kernels.layout import PagedKV
+from hip_kernels.ops import attend, summarize
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from torch import Tensor
+
+from hip_sglang.attention.plan import ForwardPlan
+from hip_sglang.attention.trace import SelectionTrace
+from hip_sglang.config import HipConfig
+from hip_sglang.kv.summary_pool import SummaryPool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
+    """HiP attention over SGLang's own KV pool, with page summaries beside it."""
+
+    def __init__(self, runner: ModelRunner, config: HipConfig) -> None:
+        super().__init__()
+        self.req_to_token: Tensor = runner.req_to_token_pool.req_to_token
+        self.pool = runner.token_to_kv_pool
+        layers = range(self.pool.start_layer, self.pool.start_layer + self.pool.layer_num)
+        self.layers = {layer: config.layer_plan(layer) for layer in layers}
+        self.summaries = SummaryPool(self.pool, self.layers)
+        self.trace = SelectionTrace(config.trace, runner.tp_rank) if config.trace else None
+        self.plan: ForwardPlan | None = None
+        logger.info(
+            "hip_attention: %s; %s page summaries = %.2f GiB",
+            config.model_dump_json(),
+            f"{self.summaries.pages:,}",
+            self.summaries.nbytes / 2**30,
+        )
+
+    def support_triton(self) -> bool:
+        return False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self.plan = ForwardPlan.of(forward_batch, self.req_to_token)
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """q [B, Hq * D] -> [B, Hq * Dv]; a decode step is a query block of one row."""
+        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """q [T, Hq * D], back to back over the requests -> [T, Hq * Dv]."""
+        if given := [name for name, value in kwargs.items() if value is not None]:
+            raise ValueError(
+                f"hip_attention does not support {', '.join(given)} in attention (layer "
+                f"{layer.layer_id}); serve this model with another --attention-backend"
+            )
+        plan = self.plan
+        assert plan is not None
+        if save_kv_cache and k is not None:
+            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        key, value = self.pool.get_kv_buffer(layer.layer_id)
+        kv = PagedKV(key, value)
+        summaries = self.summaries[layer.layer_id]
+        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        # rows of padding, where the batch has any, stay zero
+        out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        layer_plan = self.layers[layer.layer_id]
+        if layer_plan.prunes:
+            # before attending: later blocks of this very chunk prune pages that it completes
+            summarize(kv, plan.completed, summaries)
+        for blocks in plan.blocks(layer_plan):
+            selection = attend(query, kv, summaries, blocks, layer_plan.pages, layer.scaling, out)
+            if self.trace is not None and selection is not None:
+                self.trace.write(layer.layer_id, plan, blocks, selection)
+        return out.flatten(1)

@@ -1,0 +1,71 @@
+"""What one forward pass computes: made once, shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks
+from hip_kernels.ops import plan_blocks
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from hip_sglang.config import LayerPlan
+
+
+@dataclass
+class ForwardPlan:
+    """The batch as the kernels see it: pages and query blocks."""
+
+    prefix_lens: list[int]  # [B] tokens of each request that are in the pool already
+    seq_lens: list[int]  # [B] with the tokens of this pass
+    page_table: Tensor  # [B, P] physical pages; past a request's end anything
+    completed: Tensor  # [C] physical pages whose 64th token this pass writes
+    request_ids: list[str]
+    _blocks: dict[tuple[int | None, int | None], list[QueryBlocks]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, req_to_token: Tensor) -> ForwardPlan:
+        """req_to_token: SGLang's table [rows, context], slot of each request's every token."""
+        assert batch.seq_lens_cpu is not None
+        seq_lens = batch.seq_lens_cpu.tolist()
+        if batch.forward_mode.is_decode():
+            prefix_lens = [length - 1 for length in seq_lens]
+        else:
+            prefix_lens = list(batch.extend_prefix_lens_cpu)
+        longest = max(seq_lens, default=0)
+        # a page is 64 slots in a row, so its first token tells where it is
+        first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
+        page_table = first_slots.long() // PAGE_SIZE
+        return cls(
+            prefix_lens=prefix_lens,
+            seq_lens=seq_lens,
+            page_table=page_table,
+            completed=completed_pages(prefix_lens, seq_lens, page_table),
+            request_ids=list(batch.rids or []),
+        )
+
+    def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
+        """The query blocks of a layer; layers of the same thresholds share them."""
+        key = (layer.sparse_from, layer.sparse_decode_from)
+        if key not in self._blocks:
+            self._blocks[key] = plan_blocks(
+                self.prefix_lens,
+                self.seq_lens,
+                self.page_table,
+                sparse_from=layer.sparse_from,
+                sparse_decode_from=layer.sparse_decode_from,
+            )
+        return self._blocks[key]
+
+
+def completed_pages(prefix_lens: list[int], seq_lens: list[int], page_table: Tensor) -> Tensor:
+    """[C]: the physical pages [B, P] that the tokens prefix .. seq - 1 fill to their last slot."""
+    device = page_table.device
+    page = torch.arange(page_table.shape[1], device=device)
+    first = torch.tensor(prefix_lens, device=device)[:, None] // PAGE_SIZE
+    end = torch.tensor(seq_lens, device=device)[:, None] // PAGE_SIZE
+    return page_table[(page >= first) & (page < end)]
