@@ -86,32 +86,31 @@ pip_install() {
     return 1
 }
 
+# the user's own pip configuration decides which build this is
 install_torch() {
-    if [[ $kind == gpu ]]; then
-        pip_install -c requirements/lock.txt "sglang==$sglang"
-    else
-        pip_install -c requirements/lock.txt "torch==$torch"
-    fi
+    local constraints=(-c requirements/lock.txt)
+    [[ $kind == cpu ]] || constraints+=(-c requirements/gpu.txt)
+    pip_install "${constraints[@]}" "torch==$torch"
 }
 
-# a CUDA build of torch pins and brings its own triton; a CPU build brings none, and SGLang imports it all the same
+# --no-deps, for the lists are complete and nothing else, CUDA packages above all, is to come in
 install_lock() {
-    local lock=requirements/lock.txt
-    if [[ $kind == cpu && "$("$python" -c 'from importlib.metadata import version as v; print(v("torch"))')" == *+cpu ]]; then
-        lock=requirements/cpu.txt
+    local lists=(-r requirements/lock.txt)
+    if [[ $kind == gpu ]]; then
+        lists+=(-r requirements/gpu.txt)
+    elif [[ "$("$python" -c 'from importlib.metadata import version as v; print(v("torch"))')" == *+cpu ]]; then
+        lists+=(-r requirements/cpu.txt)
     fi
-    pip_install --no-deps -r "$lock"
+    pip_install --no-deps "${lists[@]}"
 }
 
-install_sglang() {
-    [[ $kind == gpu ]] || pip_install --no-deps "sglang==$sglang" "torchvision==$torchvision"
-}
+install_sglang() { pip_install --no-deps "sglang==$sglang" "torchvision==$torchvision"; }
 
 install_project() { pip_install --no-deps --no-build-isolation -e .; }
 
 verify() {
     : >"$errors"
-    "$python" scripts/verify_setup.py "$sglang" "$torch" 2>>"$errors" && return
+    "$python" scripts/verify_setup.py "$kind" "$sglang" "$torch" 2>>"$errors" && return
     reason=$(tail -1 "$errors")
     return 1
 }
@@ -128,7 +127,7 @@ fi
 
 # one set-up at a time in one checkout
 exec 9<scripts/setup.sh
-flock 9
+if command -v flock >/dev/null; then flock 9; fi
 
 kind=cpu
 if [[ -n "$driver" ]] && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
@@ -143,5 +142,5 @@ run_step "torch $torch for this machine ($kind)" "$kind $torch $locked" install_
 run_step "locked packages" "$locked" install_lock
 run_step "SGLang $sglang" "$sglang $torchvision" install_sglang
 run_step "hip-sglang itself, editable" "$(sha256sum pyproject.toml)" install_project
-run_step "check of the result" "$(sha256sum scripts/verify_setup.py)" verify
+run_step "check of the result" "$kind $(sha256sum scripts/verify_setup.py)" verify
 echo "$finished" >"$stamps/finished"
