@@ -209,15 +209,20 @@ def _print_plans(plans: list[Any]) -> None:
     """A table for people, on stderr, so that stdout stays one JSON document."""
     from dataclasses import asdict
 
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="in pages of 64 tokens")
+    table = Table(title="in pages of 64 tokens", box=SIMPLE_HEAD)
     for column in ("layer", *asdict(plans[0])):
         table.add_column(column.replace("_", " "))
     for layer, plan in enumerate(plans):
-        table.add_row(str(layer), *(str(value) for value in asdict(plan).values()))
+        table.add_row(str(layer), *map(_cell, asdict(plan).values()))
     Console(stderr=True).print(table)
+
+
+def _cell(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 @app.command()
