@@ -213,16 +213,25 @@ def _print_plans(plans: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="in pages of 64 tokens", box=SIMPLE_HEAD)
-    for column in ("layer", *asdict(plans[0])):
+    table = Table(title="a page is 64 tokens", box=SIMPLE_HEAD, padding=0)
+    rows = [_flat({"layer": layer, **asdict(plan)}) for layer, plan in enumerate(plans)]
+    for column in rows[0]:
         table.add_column(column.replace("_", " "))
-    for layer, plan in enumerate(plans):
-        table.add_row(str(layer), *map(_cell, asdict(plan).values()))
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
     Console(stderr=True).print(table)
 
 
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plan.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _cell(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    words = {True: "yes", False: "no", None: "never"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 @app.command()
