@@ -81,11 +81,13 @@ def _guard(server_args: Any, previous: Callable[[Any], None]) -> None:
                 f"--hip-config and --hip-preset need --attention-backend {BACKEND}; add it"
             )
     previous(server_args)
-    if wanted:
-        from hip_sglang.runtime import settings
+    from hip_sglang.runtime import host_platform, settings
 
+    if wanted:
         with doors.errors_for(server_args):
-            settings.settle_device(server_args)
+            settings.require_host_platform(server_args)
+    if host_platform.is_active():
+        settings.settle_dtype(server_args)
 
 
 def _settle(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -127,5 +127,6 @@ def _slides(model: Any) -> bool:
     if model.is_hybrid_swa:
         return True
     # qwen2 and its relatives carry a window that this switch leaves unused
-    used = getattr(model.hf_text_config, "use_sliding_window", True)
-    return bool(used and model.sliding_window_size)
+    if not getattr(model.hf_text_config, "use_sliding_window", True):
+        return False
+    return bool(0 < (model.sliding_window_size or 0) < model.context_len)

@@ -1,7 +1,7 @@
 """What hip_attention, and a machine without an accelerator, decide about SGLang's arguments.
 
-Two steps of SGLang's own resolution, registered in ``plugin.py``: one as soon as the device is
-known, one when the model and the attention backend are.
+``plugin.py`` calls these from two steps of SGLang's resolution: when the device is known, and when
+the model and the attention backend are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from hip_kernels.layout import PAGE_SIZE
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
@@ -22,19 +23,34 @@ MAX_RUNNING_REQUESTS_CPU = 16
 REQ_TO_TOKEN_BYTES = 1 << 30
 # of the memory that is free beside the weights: the rest is for activations and for others
 KV_SHARE_OF_FREE_MEMORY = 1 / 3
+# a CPU host's pool is cleared at start, so it is no larger than a few of the longest contexts
+FULL_CONTEXTS_ON_CPU = 4
+# page summaries (mean, sigma, mean value, four sub-page means) in a pool of 64 keys and values
+SUMMARY_SHARE_OF_KV = 7 / 128
 
 
-def settle_device(server_args: Any) -> None:
-    """Once the device is known: a CPU needs our platform, and its ranks a share of the cores."""
-    cfg = resolving_view(server_args)
-    if cfg.device != "cpu":
-        return
-    if not host_platform.is_active():
+def require_host_platform(server_args: Any) -> None:
+    """Refuse hip_attention on a CPU where our platform is switched off."""
+    if resolving_view(server_args).device == "cpu" and not host_platform.is_active():
         raise UnsupportedError(
             f"{BACKEND} on --device cpu needs the platform that comes with it, which is not "
             "active; unset SGLANG_USE_CPU_ENGINE, SGLANG_PLATFORM and SGLANG_PLUGINS, on a "
             "machine without an accelerator"
         )
+
+
+def settle_dtype(server_args: Any) -> None:
+    """On our CPU platform: float32 weights stay float32, which a CPU computes faster than halves.
+
+    SGLang's ``--dtype auto`` would make them float16. It must be known before anything asks for
+    the model's configuration, which is built once.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    if resolving_view(server_args).dtype == "auto":
+        stored = ModelConfig.from_server_args(server_args).hf_text_config.dtype
+        if stored == torch.float32:
+            declare_resolution(server_args, BACKEND, dtype="float32")
 
 
 def settle_host(server_args: Any) -> None:
@@ -56,8 +72,12 @@ def settle_backend(server_args: Any) -> None:
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
-    if cfg.device == "cpu":
-        _disable_graphs(server_args)
+    # HipAttentionBackend has no captured path yet
+    _disable_graphs(server_args)
+    if cfg.device != "cpu" and server_args.mem_fraction_static is None:
+        # SGLang fills its share with KV and knows nothing of the summaries beside it
+        share = cfg.mem_fraction_static / (1 + SUMMARY_SHARE_OF_KV)
+        declare_resolution(server_args, BACKEND, mem_fraction_static=round(share, 3))
 
 
 def _disable_graphs(server_args: Any) -> None:
@@ -89,19 +109,28 @@ def _processors_by_rank(ranks: int) -> str:
 
 def _host_tokens(server_args: Any) -> int:
     """How many tokens of KV this machine, or the container we are in, has room for."""
-    from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
-
     cfg = resolving_view(server_args)
     model = model_config_of(server_args)
-    free = available_host_memory_bytes() - _checkpoint_bytes(cfg.model_path)
+    free = _free_memory() - _checkpoint_bytes(cfg.model_path)
     room = max(0, free) * KV_SHARE_OF_FREE_MEMORY / _kv_bytes_per_token(model)
-    tokens = int(min(room, cfg.max_running_requests * model.context_len)) // PAGE_SIZE * PAGE_SIZE
+    tokens = int(min(room, FULL_CONTEXTS_ON_CPU * model.context_len)) // PAGE_SIZE * PAGE_SIZE
     if tokens < cfg.chunked_prefill_size:
         raise UnsupportedError(
             f"free memory has room for {tokens:,} tokens of KV beside the weights, less than one "
             f"prefill chunk of {cfg.chunked_prefill_size:,}; free some, or set --max-total-tokens"
         )
     return tokens
+
+
+def _free_memory() -> int:
+    from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
+    from sglang.srt.platforms import current_platform
+
+    try:
+        return int(available_host_memory_bytes())
+    except (OSError, RuntimeError, ValueError):
+        # it is strict about cgroups that are mounted in unusual ways
+        return int(current_platform.get_available_memory()[0])
 
 
 def _kv_bytes_per_token(model: Any) -> int:

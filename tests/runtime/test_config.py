@@ -1,0 +1,138 @@
+import json
+import pickle
+
+import pytest
+
+from hip_sglang.config import ConfigError, HipConfig
+
+
+def complaint(*args):
+    with pytest.raises(ConfigError) as caught:
+        HipConfig.load(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_defaults_are_the_balanced_preset():
+    config = HipConfig.load()
+    assert (config.preset, config.prefill, config.decode) == ("balanced", "sparse", "sparse")
+    assert (config.sink, config.window, config.budget) == (64, 1024, 2048)
+    assert config.dense_threshold == 8192
+    assert config.remainder == "harmonic"
+    assert config.sub_page_means is True
+    assert config.trace is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "prefill", "decode"),
+    [
+        ("balanced", "sparse", "sparse"),
+        ("quality", "dense", "sparse"),
+        ("dense", "dense", "dense"),
+    ],
+)
+def test_a_preset_decides_about_both_phases(preset, prefill, decode):
+    for config in (HipConfig.load(None, preset), HipConfig.load(json.dumps({"preset": preset}))):
+        assert (config.prefill, config.decode) == (prefill, decode)
+        plan = config.layer_plan(0)
+        assert (plan.sparse_from is not None) == (prefill == "sparse")
+        assert (plan.sparse_decode_from is not None) == (decode == "sparse")
+
+
+def test_an_explicit_key_overrides_the_preset():
+    config = HipConfig.load('{"preset": "dense", "decode": "sparse"}')
+    assert (config.prefill, config.decode) == ("dense", "sparse")
+
+
+def test_token_counts_are_rounded_up_to_pages():
+    config = HipConfig.load('{"sink": 1, "window": 65, "budget": 129}')
+    assert (config.sink, config.window, config.budget) == (64, 128, 192)
+    pages = config.layer_plan(0).pages
+    assert (pages.sink_pages, pages.window_pages, pages.budget_pages) == (1, 2, 3)
+
+
+def test_no_sink_is_a_choice():
+    assert HipConfig.load('{"sink": 0}').layer_plan(3).pages.sink_pages == 0
+
+
+def test_text_file_and_mapping_say_the_same(tmp_path):
+    values = {"budget": 4096, "remainder": "mean"}
+    file = tmp_path / "hip.json"
+    file.write_text(json.dumps(values))
+    expected = HipConfig.load(values)
+    assert HipConfig.load(json.dumps(values)) == HipConfig.load(str(file)) == expected
+    assert expected.budget == 4096
+
+
+def test_it_travels_to_other_processes():
+    config = HipConfig.load('{"budget": 128}', "quality")
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        HipConfig().budget = 64
+
+
+def test_every_key_is_documented_in_the_schema():
+    properties = HipConfig.model_json_schema()["properties"]
+    assert set(properties) == set(HipConfig.model_fields)
+    assert all(entry.get("description") for entry in properties.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"buget": 64}', "unknown key 'buget'; did you mean budget?"),
+        ('{"zzz": 64}', "unknown key 'zzz'; the keys are preset,"),
+        ('{"budget": 63}', "budget=63 is too small; set budget to 64 (one page of 64 tokens)"),
+        ('{"window": 0}', "window=0 is too small; set window to 1 or more"),
+        ('{"sink": -1}', "sink=-1 is too small; set sink to 0 or more"),
+        ('{"window": "wide"}', "window='wide' is not a whole number"),
+        ('{"sink": true}', "sink=True is not a whole number"),
+        ('{"sub_page_means": 1}', "sub_page_means=1 is neither true nor false"),
+        ('{"preset": "fast"}', "preset='fast' is not known; choose 'balanced', 'quality' or"),
+        ('{"prefill": "off"}', "prefill='off' is not known; choose 'sparse' or 'dense'"),
+        ('{"remainder": "x"}', "remainder='x' is not known; choose 'harmonic'"),
+        ('{"trace": 4}', "trace=4"),
+        ('{"budget": 64, "budget": 128}', "'budget' is given twice; keep one"),
+        ("[1]", "expected a JSON object"),
+        ('{"budget": }', "not valid JSON at line 1, column 12"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key_and_the_remedy(text, expected):
+    message = complaint(text)
+    assert message.startswith("--hip-config: ")
+    assert expected in message
+
+
+def test_all_mistakes_are_told_at_once():
+    message = complaint('{"sink": -1, "buget": 1}')
+    assert "sink=-1" in message
+    assert "'buget'" in message
+
+
+def test_a_corrupt_file_is_named_with_line_and_column(tmp_path):
+    file = tmp_path / "hip.json"
+    file.write_text('{\n  "budget": 64,\n  "sink": oops\n}')
+    assert f"{file}: not valid JSON at line 3, column 11" in complaint(str(file))
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    file = tmp_path / "hip.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert f"{file}: not a text file" in complaint(str(file))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "absent.json: No such file" in complaint(str(tmp_path / "absent.json"))
+
+
+def test_an_unknown_preset_of_the_flag_lists_the_presets():
+    assert "choose 'balanced', 'quality' or 'dense'" in complaint(None, "fast")
+
+
+def test_two_presets_that_contradict_are_an_error():
+    assert "contradicts --hip-preset quality" in complaint('{"preset": "dense"}', "quality")
+    assert HipConfig.load('{"preset": "dense"}', "dense").decode == "dense"
