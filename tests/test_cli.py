@@ -22,6 +22,12 @@ def one_line(capsys):
     return error
 
 
+@pytest.fixture(autouse=True)
+def no_server_in_this_process(monkeypatch):
+    """A check that fails to refuse must not turn pytest into a server."""
+    monkeypatch.setattr(cli.os, "execv", lambda *arguments: pytest.fail("a server was started"))
+
+
 @pytest.fixture
 def fake_sglang(tmp_path):
     """A stand-in for SGLang's launcher that reports what it was given and exits with 7."""
