@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from hip_kernels.layout import PAGE_SIZE, Remainder, SparsePlan
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Preset = Literal["balanced", "quality", "dense"]
 Phase = Literal["sparse", "dense"]
@@ -101,6 +102,15 @@ class HipConfig(BaseModel):
     @classmethod
     def _whole_pages(cls, tokens: int) -> int:
         return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+    @field_validator("trace")
+    @classmethod
+    def _can_be_made(cls, trace: Path | None) -> Path | None:
+        if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
+            raise PydanticCustomError(
+                "no_such_file", "it must be a file in a directory that exists"
+            )
+        return trace
 
     @classmethod
     def load(

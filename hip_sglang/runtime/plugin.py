@@ -99,19 +99,25 @@ def _settle(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     with doors.errors_for(server_args):
         if requirements.asks_for_backend(server_args):
-            requirements.check_model(model_config_of(server_args), server_args.tp_size)
+            requirements.check_model(model_config_of(server_args), _attention_ranks(server_args))
             settings.settle_backend(server_args)
         if host_platform.is_active():
             settings.settle_host(server_args)
 
 
+def _attention_ranks(server_args: Any) -> int:
+    replicas = server_args.dp_size if server_args.enable_dp_attention else 1
+    return int(server_args.tp_size // replicas)
+
+
 def build_backend(runner: Any) -> Any:
     """SGLang's factory for the attention backend, called in each rank."""
     from hip_sglang.attention.backend import HipAttentionBackend
-    from hip_sglang.runtime import doors
+    from hip_sglang.runtime import doors, requirements
 
     # ranks do not repeat the resolution, and each has hooks of its own
     check_loaded()
+    requirements.check_kv_dtype(runner.kv_cache_dtype)
     return HipAttentionBackend(runner, doors.config_of(runner.server_args))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from hip_kernels.layout import PAGE_SIZE
 
 BACKEND = "hip_attention"
@@ -98,8 +99,11 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
     ]
 
 
-def check_model(model: Any, tp_size: int) -> None:
-    """Refuse what the model's configuration (sglang's ``ModelConfig``) shows to be impossible."""
+def check_model(model: Any, ranks: int) -> None:
+    """Refuse what the model's configuration (sglang's ``ModelConfig``) shows to be impossible.
+
+    ``ranks`` is over how many ranks its attention heads are split.
+    """
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
@@ -116,10 +120,19 @@ def check_model(model: Any, tp_size: int) -> None:
                 f"{BACKEND} does not serve {name}: {why}; choose another --attention-backend for it"
             )
     kv_heads = model.get_total_num_kv_heads()
-    if tp_size > kv_heads:
+    if ranks > kv_heads:
         raise UnsupportedError(
-            f"--tp-size {tp_size} is more than the {kv_heads} KV heads of {name}: {BACKEND} "
+            f"--tp-size {ranks} is more than the {kv_heads} KV heads of {name}: {BACKEND} "
             f"selects pages per KV head and cannot split one; use --tp-size {kv_heads} or less"
+        )
+
+
+def check_kv_dtype(dtype: torch.dtype) -> None:
+    """Refuse a KV cache in a format that only its checkpoint asked for."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"{BACKEND} does not support a KV cache in {dtype}, which this checkpoint asks for; "
+            "set --kv-cache-dtype bfloat16"
         )
 
 

@@ -56,7 +56,7 @@ def settle_dtype(server_args: Any) -> None:
 def settle_host(server_args: Any) -> None:
     """On our CPU platform, for every backend: token capacity by free memory, cores by rank."""
     cfg = resolving_view(server_args)
-    ranks = cfg.tp_size * cfg.pp_size * (1 if cfg.enable_dp_attention else cfg.dp_size)
+    ranks = cfg.tp_size * cfg.pp_size * _replicas(cfg)
     if ranks > 1:
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _processors_by_rank(ranks))
     if cfg.max_running_requests is None:
@@ -95,6 +95,11 @@ def _running_requests(cfg: Any) -> int:
     return int(max(1, min(most, REQ_TO_TOKEN_BYTES // row_bytes)))
 
 
+def _replicas(cfg: Any) -> int:
+    """How many copies of weights and KV there are: with DP attention the ranks share one."""
+    return 1 if cfg.enable_dp_attention else int(cfg.dp_size)
+
+
 def _processors_by_rank(ranks: int) -> str:
     """SGLang's notation: "0,1|2,3" gives two processors to each of two ranks."""
     processors = host_platform.processors()
@@ -111,7 +116,7 @@ def _host_tokens(server_args: Any) -> int:
     """How many tokens of KV this machine, or the container we are in, has room for."""
     cfg = resolving_view(server_args)
     model = model_config_of(server_args)
-    free = _free_memory() - _checkpoint_bytes(cfg.model_path)
+    free = _free_memory() // _replicas(cfg) - _checkpoint_bytes(cfg.model_path)
     room = max(0, free) * KV_SHARE_OF_FREE_MEMORY / _kv_bytes_per_token(model)
     tokens = int(min(room, FULL_CONTEXTS_ON_CPU * model.context_len)) // PAGE_SIZE * PAGE_SIZE
     if tokens < cfg.chunked_prefill_size:

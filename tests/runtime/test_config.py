@@ -96,6 +96,8 @@ def test_every_key_is_documented_in_the_schema():
         ('{"prefill": "off"}', "prefill='off' is not known; choose 'sparse' or 'dense'"),
         ('{"remainder": "x"}', "remainder='x' is not known; choose 'harmonic'"),
         ('{"trace": 4}', "trace=4"),
+        ('{"trace": "/"}', "trace='/': it must be a file in a directory that exists"),
+        ('{"trace": "/absent/t.jsonl"}', "it must be a file in a directory that exists"),
         ('{"budget": 64, "budget": 128}', "'budget' is given twice; keep one"),
         ("[1]", "expected a JSON object"),
         ('{"budget": }', "not valid JSON at line 1, column 12"),

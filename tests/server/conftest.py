@@ -1,4 +1,4 @@
-"""A real SGLang server for the tests that need one: ``serve(*args, model=...) -> Server``."""
+"""A real SGLang server for the tests that need one: ``serve(*args, model=...)`` -> ``Server``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import pytest
 from tests.tiny_llama import write_tiny_llama
 
 BOOT_SECONDS = 300
-Serve = Callable[..., "Server"]
 
 
 @dataclass(frozen=True)
@@ -63,29 +62,40 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
-@pytest.fixture(scope="session")
-def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+class Serve:
     """Boot ``python -m sglang.launch_server`` with hip_attention and the arguments given.
 
     One server runs at a time. Asking again with the same arguments gives the running one; other
     arguments stop it first. So a file of tests shares a server when its tests ask alike.
     """
-    running: dict[tuple[str, ...], Server] = {}
 
-    def stop_all() -> None:
-        for server in running.values():
-            server.stop()
-        running.clear()
+    def __init__(self, default_model: Path, logs: Callable[[], Path]) -> None:
+        self._default_model = default_model
+        self._logs = logs
+        self._running: tuple[tuple[str, ...], Server] | None = None
 
-    def serve(*args: str, model: Path | None = None) -> Server:
-        wanted = (str(model or tiny_llama), *args)
-        if wanted not in running or running[wanted].process.poll() is not None:
-            stop_all()
-            running[wanted] = _boot(*wanted, log=tmp_path_factory.mktemp("server") / "log.txt")
-        return running[wanted]
+    def __call__(self, *args: str, model: Path | None = None) -> Server:
+        wanted = (str(model or self._default_model), *args)
+        if self._running is not None:
+            asked, server = self._running
+            if asked == wanted and server.process.poll() is None:
+                return server
+        self.stop()
+        self._running = wanted, _boot(*wanted, log=self._logs())
+        return self._running[1]
 
-    yield serve
-    stop_all()
+    def stop(self) -> None:
+        """Stop the running server, for a test that needs the machine to itself."""
+        if self._running is not None:
+            self._running[1].stop()
+            self._running = None
+
+
+@pytest.fixture(scope="session")
+def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    servers = Serve(tiny_llama, lambda: tmp_path_factory.mktemp("server") / "log.txt")
+    yield servers
+    servers.stop()
 
 
 def _boot(model: str, *args: str, log: Path) -> Server:

@@ -67,6 +67,7 @@ def test_two_ranks_answer_as_one_does(serve: Serve) -> None:
 
 def test_engine_takes_a_configuration(serve: Serve, tiny_llama: Path, tmp_path: Path) -> None:
     expected = serve().generate(prompt(40))["output_ids"]
+    serve.stop()
     program = tmp_path / "program.py"
     program.write_text(
         f"""
