@@ -1,0 +1,116 @@
+"""The demo as an SGLang frontend program: one document, and a branch of the future per quote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sglang as sgl
+
+from hip_sglang.demo.quotes import Quote, whole_characters
+
+# decode speed is the difference between two answers of these lengths
+_SHORT, _LONG = 8, 40
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said to one quote."""
+
+    quote: Quote
+    got: str
+    request_id: str  # SGLang's, as it stands in a trace
+
+    @property
+    def correct(self) -> bool:
+        """Whether the text is the document's, character by character.
+
+        Nothing is forgiven but a last character whose bytes the last token leaves incomplete: the
+        server shows it as U+FFFD, and it counts on neither side.
+        """
+        return whole_characters(self.got) == self.quote.expected
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one request was served alone.
+
+    ``ttft_s``: seconds from sending the document to its first token, nothing cached: HTTP,
+    tokenising, prefill and one decode step. ``decode_tokens_per_s``: of one request on the cached
+    document; the difference of two answers, so that HTTP, tokenising and prefill cancel.
+    """
+
+    prompt_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float
+
+
+@sgl.function  # type: ignore[untyped-decorator]
+def continue_quotes(
+    s: Any, document: str, quotes: Sequence[Quote], on_answer: Callable[[], None]
+) -> list[Answer]:
+    """Ask for the continuation of every quote, all at once, on a document that is read once."""
+    s += document
+    branches = s.fork(len(quotes))
+    for branch, quote in zip(branches.states, quotes, strict=True):
+        branch += quote.suffix
+        branch += sgl.gen(
+            "answer", max_tokens=len(quote.expected_ids), temperature=0, ignore_eos=True
+        )
+    answers = []
+    for branch, quote in zip(branches.states, quotes, strict=True):
+        branch.sync()
+        if branch.error() is not None:
+            raise branch.error()
+        answers.append(Answer(quote, branch["answer"], branch.get_meta_info("answer")["id"]))
+        on_answer()
+    branches.join()
+    return answers
+
+
+@sgl.function  # type: ignore[untyped-decorator]
+def _generate(s: Any, prompt: str, tokens: int) -> dict[str, Any]:
+    s += prompt
+    s += sgl.gen("answer", max_tokens=tokens, temperature=0, ignore_eos=True)
+    s.sync()
+    if s.error() is not None:
+        raise s.error()
+    meta: dict[str, Any] = s.get_meta_info("answer")
+    return meta
+
+
+def ask(
+    url: str, document: str, quotes: Sequence[Quote], on_answer: Callable[[], None] = lambda: None
+) -> list[Answer]:
+    """Run ``continue_quotes`` against a running server."""
+    state = continue_quotes.run(document, quotes, on_answer, backend=sgl.RuntimeEndpoint(url))
+    answers: list[Answer] = state.ret_value
+    return answers
+
+
+def measure_speed(url: str, document: str, prompt: str) -> Speed:
+    """Read the document cold, then decode after ``prompt``, which begins with the document.
+
+    The document must be new to the server, and nothing else running on it.
+    """
+    backend = sgl.RuntimeEndpoint(url)
+
+    def timed(text: str, tokens: int) -> tuple[float, dict[str, Any]]:
+        began = time.perf_counter()
+        meta = _generate.run(text, tokens, backend=backend).ret_value
+        return time.perf_counter() - began, meta
+
+    ttft, meta = timed(document, 1)
+    if meta["cached_tokens"] > 0.01 * meta["prompt_tokens"]:
+        raise ValueError(f"the server at {url} knows the document already; start a fresh one")
+    # the first answer caches what the prompt adds to the document
+    timed(prompt, 1)
+    short = min(timed(prompt, _SHORT)[0] for _ in range(2))
+    long = min(timed(prompt, _LONG)[0] for _ in range(2))
+    return Speed(
+        prompt_tokens=meta["prompt_tokens"],
+        ttft_s=ttft,
+        decode_tokens_per_s=(_LONG - _SHORT) / max(long - short, 1e-9),
+    )

@@ -1,0 +1,154 @@
+"""What the demo found: measurements of each server, as a table and as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hip_sglang.demo.program import Answer, Speed
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One server, one document, all quotes."""
+
+    name: str
+    context: int
+    document_tokens: int
+    boot_s: float
+    speed: Speed
+    answers: tuple[Answer, ...]
+    kv_read_share: float = 1.0  # of the pages, in a decode step
+
+    @property
+    def right(self) -> int:
+        return sum(answer.correct for answer in self.answers)
+
+    def with_share(self, kv_read_share: float) -> RunResult:
+        return replace(self, kv_read_share=kv_read_share)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "context": self.context,
+            "document_tokens": self.document_tokens,
+            "boot_s": round(self.boot_s, 1),
+            "ttft_s": round(self.speed.ttft_s, 3),
+            "decode_tokens_per_s": round(self.speed.decode_tokens_per_s, 2),
+            "kv_read_share": round(self.kv_read_share, 4),
+            "quotes_right": self.right,
+            "quotes": len(self.answers),
+        }
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The first run is the one that is shown off; the others stand beside it."""
+
+    source: str
+    runs: tuple[RunResult, ...]
+    # what keep-all answered to the quotes that HiP got wrong, on the same document
+    second_opinions: tuple[Answer, ...]
+
+    @property
+    def lost(self) -> int:
+        """How many quotes HiP got wrong and keep-all right."""
+        return sum(answer.correct for answer in self.second_opinions)
+
+    def as_json(self) -> dict[str, Any]:
+        keep_all = {answer.quote: answer.correct for answer in self.second_opinions}
+        return {
+            "document": self.source,
+            "quotes": [
+                {
+                    "depth": round(answer.quote.depth, 4),
+                    "correct": answer.correct,
+                    "expected": answer.quote.expected,
+                    "got": answer.got,
+                    "quote": answer.quote.suffix[1:],
+                    "position": answer.quote.target,
+                    # null where nobody had to ask
+                    "keep_all_correct": keep_all.get(answer.quote),
+                }
+                for answer in self.runs[0].answers
+            ],
+            "runs": [run.as_json() for run in self.runs],
+            "provenance": provenance(),
+        }
+
+    def tables(self) -> list[Table]:
+        return [_quotes_table(self.runs), _speed_table(self.runs)]
+
+
+def provenance() -> dict[str, Any]:
+    """The versions and the machine that the numbers belong to."""
+    packages = ("hip-sglang", "sglang", "torch", "transformers")
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(_memory_bytes() / 2**30, 1),
+            "accelerator": _accelerator(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _quotes_table(runs: Sequence[RunResult]) -> Table:
+    table = Table(title="quotes continued word by word, by depth in the document")
+    table.add_column("")
+    for answer in runs[0].answers:
+        table.add_column(f"{answer.quote.depth:.0%}", justify="center")
+    table.add_column("right", justify="right")
+    for run in runs:
+        marks = ["[green]✓[/]" if answer.correct else "[red]✗[/]" for answer in run.answers]
+        table.add_row(_label(run), *marks, f"{run.right} of {len(marks)}")
+    return table
+
+
+def _speed_table(runs: Sequence[RunResult]) -> Table:
+    table = Table(title="one request alone; contexts differ, so compare a row with itself")
+    table.add_column("")
+    for heading in ("prompt tokens", "first token, cold", "decode", "KV read a step"):
+        table.add_column(heading, justify="right")
+    for run in runs:
+        table.add_row(
+            _label(run),
+            f"{run.speed.prompt_tokens:,}",
+            f"{run.speed.ttft_s:.1f} s",
+            f"{run.speed.decode_tokens_per_s:.1f} tokens/s",
+            f"{run.kv_read_share:.1%}",
+        )
+    return table
+
+
+def _label(run: RunResult) -> str:
+    return f"{run.name}, {run.context // 1024}K"

@@ -1,0 +1,53 @@
+"""Which pages the decode steps of a server attended, read from its trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What one layer attended exactly in one decode step. Pages are positions in the request."""
+
+    layer: int
+    position: int
+    visible_pages: int  # complete pages before the page that the token stands in
+    sink_pages: int
+    window_pages: int
+    chosen: tuple[frozenset[int], ...]  # per KV head
+
+    @property
+    def share_read(self) -> float:
+        """The share of the pages, the token's own included, whose keys and values were read."""
+        fixed = self.sink_pages + self.window_pages + 1
+        read = sum(fixed + len(pages) for pages in self.chosen) / len(self.chosen)
+        return min(1.0, read / (self.visible_pages + 1))
+
+
+def read_trace(path: Path) -> dict[str, list[DecodeStep]]:
+    """The sparse decode steps of each request, by its id; empty where nothing was pruned."""
+    steps: dict[str, list[DecodeStep]] = {}
+    if not path.exists():
+        return steps
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        step = DecodeStep(
+            layer=record["layer"],
+            position=record["position"],
+            visible_pages=record["visible_pages"],
+            sink_pages=record["sink_pages"],
+            window_pages=record["window_pages"],
+            chosen=tuple(frozenset(pages) for pages in record["chosen"]),
+        )
+        steps.setdefault(record["rid"], []).append(step)
+    return steps
+
+
+def mean_share_read(steps: Sequence[DecodeStep]) -> float:
+    """The mean over steps, layers and KV heads; 1 where nothing was pruned."""
+    return sum(step.share_read for step in steps) / len(steps) if steps else 1.0
