@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hip_kernels.layout import PAGE_SIZE, LocalPages, QueryBlocks
 
+_NEVER = 1 << 62
+
 
 def plan_blocks(
     prefix_lens: Sequence[int],
@@ -25,35 +27,43 @@ def plan_blocks(
     one token is a decode step, whether it arrives in a decode batch or in a mixed one. Blocks at
     positions from ``sparse_from`` on (``sparse_decode_from`` for decode steps) prune; None never
     does. Only a block's own position decides, never the batch.
+
+    The last row of an incomplete page predicts the first new token. Where it prunes it is a block
+    of its own, as the decode steps after it: it need not share a budget with up to 62 others.
     """
     prefix = torch.tensor(prefix_lens, dtype=torch.int64)
     length = torch.tensor(seq_lens, dtype=torch.int64)
     start = (length - prefix).cumsum(0) - (length - prefix)  # [B] first row in the flat batch
-    first, last = prefix // PAGE_SIZE, (length - 1) // PAGE_SIZE
+    page = (length - 1) // PAGE_SIZE
     decode = length - prefix == 1
-    single = (first == last) & ~decode & (length > prefix)
+    tail = ~decode & (length % PAGE_SIZE != 0) & (length > prefix)
+    tail &= page * PAGE_SIZE >= (_NEVER if sparse_from is None else sparse_from)
+    end = length - tail.long()  # of the rows that share blocks
+    first, last = prefix // PAGE_SIZE, (end - 1) // PAGE_SIZE
 
-    def of(requests: Tensor, rows: int, threshold: int | None) -> list[QueryBlocks]:
+    def of(chosen: Tensor, ends: Tensor, rows: int, threshold: int | None) -> list[QueryBlocks]:
         """One block a request; sorted by length, so that waves pad their tables little."""
-        requests = requests[last[requests].argsort(stable=True)]
+        requests = chosen.nonzero().flatten()
+        requests = requests[ends[requests].argsort(stable=True)]
         return _split_by(
             threshold,
-            page=last[requests],
+            page=(ends[requests] - 1) // PAGE_SIZE,
             prefix=prefix[requests],
-            length=length[requests],
+            length=ends[requests],
             start=start[requests],
             table=page_table[requests],
             rows=rows,
         )
 
-    found = of(decode.nonzero().flatten(), 1, sparse_decode_from)
-    found += of(single.nonzero().flatten(), PAGE_SIZE, sparse_from)
+    found = of(decode, length, 1, sparse_decode_from)
+    found += of(tail, length, 1, sparse_from)
+    found += of((first == last) & ~decode & (length > prefix), end, PAGE_SIZE, sparse_from)
     for b in ((last > first) & ~decode).nonzero().flatten().tolist():
         found += _split_by(
             sparse_from,
             page=torch.arange(int(first[b]), int(last[b]) + 1),
             prefix=prefix[b : b + 1],
-            length=length[b : b + 1],
+            length=end[b : b + 1],
             start=start[b : b + 1],
             table=page_table[b : b + 1],
             rows=PAGE_SIZE,

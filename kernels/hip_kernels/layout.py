@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 PAGE_SIZE = 64
-SUB_PAGE_SIZE = 16
-SUB_PAGES = PAGE_SIZE // SUB_PAGE_SIZE
+SUB_PAGES = 4
 
 Remainder = Literal["harmonic", "log_cosh", "quadratic", "mean", "none"]
 
@@ -29,7 +28,7 @@ class SparsePlan:
     window_pages: int = 16
     budget_pages: int = 32
     remainder: Remainder = "harmonic"
-    sub_page_means: bool = True
+    second_look: int = 1  # candidates by their summaries for each page chosen by its keys; decode
 
     @property
     def exact_pages(self) -> int:
@@ -48,9 +47,13 @@ class PagedKV:
     def kv_heads(self) -> int:
         return self.key.shape[1]
 
-    def gather(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """pages [Hkv | 1, N, K] physical -> keys [Hkv, N, K * 64, D], values [.., Dv], float32."""
-        return _gather(self.key, pages), _gather(self.value, pages)
+    def keys(self, pages: Tensor) -> Tensor:
+        """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, D] in float32."""
+        return _gather(self.key, pages)
+
+    def values(self, pages: Tensor) -> Tensor:
+        """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, Dv] in float32."""
+        return _gather(self.value, pages)
 
 
 def _gather(rows: Tensor, pages: Tensor) -> Tensor:
@@ -69,13 +72,13 @@ def _gather(rows: Tensor, pages: Tensor) -> Tensor:
 class Summaries:
     """What is kept of every page of one layer, by physical page.
 
-    Made of the stored keys and values when a page's 64th token is written, never before.
+    Made of the stored keys and values when a page's 64th token is written, never before. The
+    means are of L = 4 sub-pages of 16 tokens, or, where memory is short, of the page (L = 1).
     """
 
-    mean: Tensor  # [Hkv, pages, D] mean key
-    sigma: Tensor  # [Hkv, pages, D] standard deviation of the keys, per channel
+    mean: Tensor  # [Hkv, L, pages, D] mean keys
+    sigma: Tensor  # [Hkv, pages, D] standard deviation of the keys about those means, per channel
     value: Tensor  # [Hkv, pages, Dv] mean value
-    sub_mean: Tensor | None  # [Hkv, 4, pages, D] mean keys of 16 tokens, for selecting only
 
     @classmethod
     def empty(
@@ -85,7 +88,7 @@ class Summaries:
         head_dim: int,
         value_dim: int,
         *,
-        sub_page_means: bool = True,
+        means: int = SUB_PAGES,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Summaries:
@@ -93,16 +96,18 @@ class Summaries:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            mean=zeros(kv_heads, pages, head_dim),
+            mean=zeros(kv_heads, means, pages, head_dim),
             sigma=zeros(kv_heads, pages, head_dim),
             value=zeros(kv_heads, pages, value_dim),
-            sub_mean=zeros(kv_heads, SUB_PAGES, pages, head_dim) if sub_page_means else None,
         )
 
     @property
-    def tensors(self) -> list[Tensor]:
-        found = [self.mean, self.sigma, self.value, self.sub_mean]
-        return [tensor for tensor in found if tensor is not None]
+    def pages(self) -> int:
+        return self.sigma.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mean, self.sigma, self.value
 
     @property
     def nbytes(self) -> int:
@@ -116,12 +121,7 @@ class Summaries:
                 return tensor[..., pages, :].float()
             return tensor.index_select(-2, pages).float()
 
-        return Summaries(
-            mean=of(self.mean),
-            sigma=of(self.sigma),
-            value=of(self.value),
-            sub_mean=None if self.sub_mean is None else of(self.sub_mean),
-        )
+        return Summaries(*map(of, self.tensors))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
@@ -33,7 +36,7 @@ class Pool:
     page_table: Tensor  # [B, P]
 
 
-def scatter(requests: list[Request], *, spare: int = 3, seed: int = 0) -> Pool:
+def scatter(requests: list[Request], *, means: int = 4, spare: int = 3, seed: int = 0) -> Pool:
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-request.length // PAGE_SIZE) for request in requests]
     order = torch.randperm(sum(counts) + spare, generator=generator)
@@ -56,7 +59,7 @@ def scatter(requests: list[Request], *, spare: int = 3, seed: int = 0) -> Pool:
         slot = pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
         kv.key[slot], kv.value[slot] = request.key, request.value
         complete.append(pages[: request.length // PAGE_SIZE])
-    summaries = Summaries.empty(len(order), heads, width, value_width)
+    summaries = Summaries.empty(len(order), heads, width, value_width, means=means)
     for tensor in summaries.tensors:
         tensor.fill_(1e4)
     summarize(kv, torch.cat(complete), summaries)
@@ -85,10 +88,11 @@ def run(
     *,
     sparse_from: int | None,
     sparse_decode_from: int | None,
+    means: int = 4,
     seed: int = 0,
 ) -> Tensor:
     """The door of the kernels: everything a backend does in one layer, on a scattered pool."""
-    pool = scatter(requests, seed=seed)
+    pool = scatter(requests, means=means, seed=seed)
     out = torch.full((query.shape[0], query.shape[1], requests[0].value.shape[2]), math.nan)
     blocks = plan_blocks(
         [request.prefix for request in requests],
@@ -109,86 +113,115 @@ def expected(
     *,
     sparse_from: int | None,
     sparse_decode_from: int | None,
+    means: int = 4,
 ) -> Tensor:
     """The same by loops in float64."""
-    scale = query.shape[2] ** -0.5
     outputs = []
     row = 0
     for request in requests:
         new = request.length - request.prefix
         threshold = sparse_decode_from if new == 1 else sparse_from
-        group = query.shape[1] // request.key.shape[1]
-        mine = query[row : row + new].double() * scale
+        heads = request.key.shape[1]
+        group = query.shape[1] // heads
+        mine = query[row : row + new].double() * query.shape[2] ** -0.5
         row += new
         result = torch.zeros(new, query.shape[1], request.value.shape[2], dtype=torch.float64)
-        for page in range(request.prefix // PAGE_SIZE, (request.length - 1) // PAGE_SIZE + 1):
-            low = max(page * PAGE_SIZE, request.prefix)
-            high = min((page + 1) * PAGE_SIZE, request.length)
+        for low, high in query_blocks(request):
+            page = low // PAGE_SIZE
             prune = threshold is not None and page * PAGE_SIZE >= threshold
-            for head in range(request.key.shape[1]):
-                heads = range(head * group, (head + 1) * group)
-                block = mine[low - request.prefix : high - request.prefix, heads]  # [R, G, D]
-                key, value = request.key[:, head].double(), request.value[:, head].double()
-                exact = set(range(page + 1))
-                if prune:
-                    exact = exact_pages(block, key, page, plan)
+            for head in range(heads):
+                one = Head(request.key[:, head].double(), request.value[:, head].double(), means)
+                group_heads = slice(head * group, (head + 1) * group)
+                block = mine[low - request.prefix : high - request.prefix, group_heads]
+                single = high - low == 1
+                exact = (
+                    one.exact_pages(block, page, plan, single) if prune else set(range(page + 1))
+                )
                 for t in range(low, high):
-                    for g, h in enumerate(heads):
-                        q = block[t - low, g]
-                        result[t - request.prefix, h] = one_row(q, key, value, t, page, exact, plan)
+                    for g in range(group):
+                        result[t - request.prefix, head * group + g] = one.attend(
+                            block[t - low, g], t, exact, plan
+                        )
         outputs.append(result)
     return torch.cat(outputs)
 
 
-def exact_pages(block: Tensor, key: Tensor, page: int, plan: SparsePlan) -> set[int]:
-    """block [R, G, D]: sink, window, own page, and the best of the rest."""
-    sink = set(range(min(plan.sink_pages, page)))
-    window = set(range(max(0, page - plan.window_pages), page + 1))
-    logits = torch.tensor(
-        [[choice_logit(q, key, p, plan) for p in range(page)] for q in block.flatten(0, 1)],
-        dtype=torch.float64,
-    ).view(-1, page)
-    best = logits.sub(logits.logsumexp(1, keepdim=True)).amax(0) if page else torch.zeros(0)
-    rest = [p for p in range(page) if p not in sink | window]
-    rest.sort(key=lambda p: -float(best[p]))
-    return sink | window | set(rest[: plan.budget_pages])
+def query_blocks(request: Request) -> list[tuple[int, int]]:
+    """Rows by pages; the last row of an incomplete page by itself."""
+    bounds = {request.prefix, request.length}
+    bounds |= set(range(-(-request.prefix // PAGE_SIZE) * PAGE_SIZE, request.length, PAGE_SIZE))
+    if request.length % PAGE_SIZE:
+        bounds.add(request.length - 1)
+    ordered = sorted(bounds)
+    return list(itertools.pairwise(ordered))
 
 
-def choice_logit(q: Tensor, key: Tensor, page: int, plan: SparsePlan) -> float:
-    keys = key[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-    if not plan.sub_page_means:
-        return pruned_logit(q, keys, plan)
-    masses = [16 * math.exp(float(q @ keys[i : i + 16].mean(0))) for i in range(0, 64, 16)]
-    return math.log(sum(masses))
+@dataclass(eq=False)
+class Head:
+    """One KV head of one request."""
 
+    key: Tensor  # [T, D]
+    value: Tensor  # [T, Dv]
+    means: int  # sub-pages a page
 
-def pruned_logit(q: Tensor, keys: Tensor, plan: SparsePlan) -> float:
-    """A pruned page of n keys as one key."""
-    mean = float(q @ keys.mean(0)) + math.log(len(keys))
-    sigma = keys.std(0, correction=0)
-    quadratic = 0.5 * float((q**2 * sigma**2).sum())
-    linear = float((q.abs() * sigma).sum())
-    if plan.remainder == "quadratic":
-        return mean + quadratic
-    if plan.remainder == "log_cosh":
-        return mean + float(torch.log(torch.cosh(q * sigma)).sum())
-    if plan.remainder == "harmonic":
-        together = quadratic + linear
-        return mean + (quadratic * linear / together if together else 0.0)
-    return mean
+    def exact_pages(self, block: Tensor, page: int, plan: SparsePlan, single: bool) -> set[int]:
+        """block [R, G, D]: sink, window, own page, and the best of the rest."""
+        sink = set(range(min(plan.sink_pages, page)))
+        window = set(range(max(0, page - plan.window_pages), page + 1))
+        rest = [p for p in range(page) if p not in sink | window]
+        rows = block.flatten(0, 1)
+        logits = [[self.pruned_logit(q, p, plan) for p in range(page)] for q in rows]
+        mass = torch.tensor(logits, dtype=torch.float64).view(len(rows), page).logsumexp(1)
 
+        def best(scores: Callable[[Tensor, int], float], pages: list[int], count: int) -> list[int]:
+            def share(p: int) -> float:
+                return max(scores(q, p) - float(m) for q, m in zip(rows, mass, strict=True))
 
-def one_row(
-    q: Tensor, key: Tensor, value: Tensor, t: int, page: int, exact: set[int], plan: SparsePlan
-) -> Tensor:
-    logits, values = [], []
-    for p in range(page + 1):
-        span = slice(p * PAGE_SIZE, min((p + 1) * PAGE_SIZE, t + 1))
-        if p in exact:
-            logits += [float(q @ k) for k in key[span]]
-            values += list(value[span])
-        elif plan.remainder != "none":
-            logits.append(pruned_logit(q, key[span], plan))
-            values.append(value[span].mean(0))
-    weight = torch.tensor(logits, dtype=torch.float64).softmax(0)
-    return weight @ torch.stack(values)
+            return sorted(pages, key=lambda p: -share(p))[:count]
+
+        def estimated(q: Tensor, p: int) -> float:
+            return self.pruned_logit(q, p, plan)
+
+        def true(q: Tensor, p: int) -> float:
+            return float((self.key[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] @ q).logsumexp(0))
+
+        looks = plan.second_look if single else 1
+        chosen = best(estimated, rest, looks * plan.budget_pages)
+        if looks > 1:
+            chosen = best(true, chosen, plan.budget_pages)
+        return sink | window | set(chosen)
+
+    @cache  # noqa: B019 - a head lives as long as its test
+    def summary(self, page: int) -> tuple[Tensor, Tensor]:
+        parts = self.key[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].chunk(self.means)
+        means = torch.stack([part.mean(0) for part in parts])
+        spread = torch.cat([(part - part.mean(0)) ** 2 for part in parts])
+        return means, spread.mean(0).sqrt()
+
+    def pruned_logit(self, q: Tensor, page: int, plan: SparsePlan) -> float:
+        """A pruned page as one key."""
+        means, sigma = self.summary(page)
+        mean = float((means @ q).logsumexp(0)) + math.log(PAGE_SIZE / self.means)
+        quadratic = 0.5 * float((q**2 * sigma**2).sum())
+        linear = float((q.abs() * sigma).sum())
+        if plan.remainder == "quadratic":
+            return mean + quadratic
+        if plan.remainder == "log_cosh":
+            return mean + float(torch.log(torch.cosh(q * sigma)).sum())
+        if plan.remainder == "harmonic":
+            together = quadratic + linear
+            return mean + (quadratic * linear / together if together else 0.0)
+        return mean
+
+    def attend(self, q: Tensor, t: int, exact: set[int], plan: SparsePlan) -> Tensor:
+        logits, values = [], []
+        for page in range(t // PAGE_SIZE + 1):
+            span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
+            if page in exact:
+                logits += [float(q @ k) for k in self.key[span]]
+                values += list(self.value[span])
+            elif plan.remainder != "none":
+                logits.append(self.pruned_logit(q, page, plan))
+                values.append(self.value[span].mean(0))
+        weight = torch.tensor(logits, dtype=torch.float64).softmax(0)
+        return weight @ torch.stack(values)

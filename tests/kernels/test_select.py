@@ -68,5 +68,5 @@ def test_the_guard_is_zero_without_spread_and_never_above_the_quadratic() -> Non
         # the second order is the same: where the spread is small, so is the difference
         small = spread(query, sigma * 1e-3, kind)  # type: ignore[arg-type]
         torch.testing.assert_close(
-            small, spread(query, sigma * 1e-3, "quadratic"), rtol=2e-2, atol=0
+            small, spread(query, sigma * 1e-3, "quadratic"), rtol=3e-2, atol=0
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
-from hip_kernels.select.reference import NEVER, context_mask, mark, page_logits, select
+from hip_kernels.select.reference import NEVER, context_mask, lookup, mark, page_logits, select
 
 # logits that a wave of query blocks may hold in scratch, over the rows of one KV head
 WAVE_LOGITS = 1 << 23
@@ -50,24 +50,25 @@ def attend_sparse(
     near = summaries.take(blocks.local.pages)
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
-    columns = plan.exact_pages * PAGE_SIZE + 8 * near.mean.shape[1]
+    columns = plan.exact_pages * PAGE_SIZE + 8 * near.pages
     selected = []
     for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
-        local = wave.local
-        assert local is not None
+        assert wave.local is not None
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
-        logits = page_logits(q, near, plan)
-        context = context_mask(wave, local, near.mean.shape[1])
-        selection = select(logits.select, wave, local, context, plan)
+        logits = page_logits(q, near, plan.remainder)
+        context = context_mask(wave, near.pages)
+        selection = select(q, logits, kv, wave, context, plan)
         pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
         remainder = None
-        if logits.remainder is not None:
-            pruned = context & ~mark(lookup(local.table, pages), pages >= 0, context.shape[1])
-            remainder = logits.remainder.masked_fill_(~pruned.unsqueeze(2), NEVER)
-        key, value = kv.gather(lookup(wave.table, pages))
+        if plan.remainder != "none":
+            pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
+            remainder = logits.masked_fill_(~pruned.unsqueeze(2), NEVER)
+        exact = lookup(wave.table, pages)
         absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
         future = future_keys(wave, wave.page[:, None], q.shape[2])
-        result = softmax_attend(q, key, value, future, absent, remainder, near.value)
+        result = softmax_attend(
+            q, kv.keys(exact), kv.values(exact), future, absent, remainder, near.value
+        )
         scatter_rows(result, wave, out)
         selected.append(selection.pages)
     return Selection(torch.cat(selected), plan.sink_pages, plan.window_pages)
@@ -79,7 +80,7 @@ def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, ou
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = blocks.table.shape[1] * PAGE_SIZE
     if shared:
-        all_key, all_value = kv.gather(blocks.table[None])  # [Hkv, 1, P * 64, D]
+        all_keys, all_values = kv.keys(blocks.table[None]), kv.values(blocks.table[None])
     for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
         q = rows_of(query, wave, kv.kv_heads) * scale
         first, last = int(wave.page.min()), int(wave.page.max())
@@ -89,13 +90,13 @@ def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, ou
             end = (last + 1) * PAGE_SIZE
             result = softmax_attend(
                 q.flatten(1, 2).unsqueeze(1),
-                all_key[:, :, :end],
-                all_value[:, :, :end],
+                all_keys[:, :, :end],
+                all_values[:, :, :end],
                 future.flatten(0, 1).unsqueeze(0),
             ).view(*q.shape[:3], -1)
         else:
-            key, value = kv.gather(wave.table[None])  # [Hkv, N, P * 64, D]
-            result = softmax_attend(q, key, value, future)
+            table = wave.table[None]
+            result = softmax_attend(q, kv.keys(table), kv.values(table), future)
         scatter_rows(result, wave, out)
 
 
@@ -114,11 +115,6 @@ def scatter_rows(result: Tensor, blocks: QueryBlocks, out: Tensor) -> None:
     found = result.view(heads, count, rows, -1, width).permute(1, 2, 0, 3, 4).flatten(2, 3)
     real = blocks.position >= 0
     out[blocks.tokens[real]] = found[real].to(out.dtype)
-
-
-def lookup(table: Tensor, pages: Tensor) -> Tensor:
-    """Logical pages [Hkv, N, K] through table [N | 1, P]; padding (-1) reads as page 0."""
-    return table.expand(*pages.shape[:2], -1).gather(2, pages.clamp(min=0))
 
 
 def future_keys(blocks: QueryBlocks, pages: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ blocks of a KV head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch.nn.functional import pad
 
 from hip_kernels.layout import (
     PAGE_SIZE,
-    SUB_PAGE_SIZE,
-    LocalPages,
+    PagedKV,
     QueryBlocks,
     Remainder,
     Selection,
@@ -27,51 +26,30 @@ from hip_kernels.layout import (
 )
 
 NEVER = float("-inf")
+LEAST = torch.finfo(torch.float32).min
 
 
-@dataclass(frozen=True)
-class PageLogits:
-    """What each page weighs for each query row, as the logit of one key."""
+def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> Tensor:
+    """What each page weighs for each query row, as the logit of one key.
 
-    select: Tensor  # [Hkv, N, M, S] for choosing pages
-    remainder: Tensor | None  # [Hkv, N, M, S] for estimating pruned pages; None leaves them out
-
-
-def page_logits(query: Tensor, summaries: Summaries, plan: SparsePlan) -> PageLogits:
-    """query [Hkv, N, M, D], scaled -> the estimated log of the sum of exp over each page's keys.
-
-    A pruned page of n tokens is one key of logit ``q.mean + guard(q, sigma) + log n`` (the
-    second-order cumulant of its log-sum-exp, guarded); for choosing, the log-sum-exp of its
-    sub-page means is sharper where a needle is narrower than a page.
+    query [Hkv, N, M, D], scaled -> [Hkv, N, M, S], the estimated log of the sum of exp over the
+    page's keys: the log-sum-exp over its means, each of n tokens, of ``q.mean + log n``, plus the
+    guarded second cumulant of the keys about those means. The same number chooses pages and
+    weighs the pruned ones.
     """
     heads, blocks, rows, width = query.shape
     flat = query.reshape(heads, blocks * rows, width)
-
-    def unflat(logits: Tensor) -> Tensor:
-        return logits.view(heads, blocks, rows, -1)
-
-    if summaries.sub_mean is None or not plan.sub_page_means:
-        weight = page_weight(flat, flat @ summaries.mean.transpose(1, 2), summaries, plan)
-        return PageLogits(unflat(weight), None if plan.remainder == "none" else unflat(weight))
-    parts = [flat @ part.transpose(1, 2) for part in summaries.sub_mean.unbind(1)]
-    sharp = unflat(_log_sum_exp(parts).add_(math.log(SUB_PAGE_SIZE)))
-    if plan.remainder == "none":
-        return PageLogits(sharp, None)
-    # the mean of the sub-page means is the page's mean: no product of its own
-    mean = torch.stack(parts).mean(0)
-    return PageLogits(sharp, unflat(page_weight(flat, mean, summaries, plan)))
-
-
-def page_weight(query: Tensor, mean: Tensor, summaries: Summaries, plan: SparsePlan) -> Tensor:
-    """query [Hkv, M, D], mean logits [Hkv, M, S] (overwritten) -> logits of whole pages."""
-    weight = mean.add_(math.log(PAGE_SIZE))
-    if plan.remainder in ("mean", "none"):
-        return weight
-    return weight.add_(spread(query, summaries.sigma, plan.remainder))
+    parts = [flat @ mean.transpose(1, 2) for mean in summaries.mean.unbind(1)]
+    weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
+    if remainder not in ("mean", "none"):
+        weight += spread(flat, summaries.sigma, remainder)
+    return weight.view(heads, blocks, rows, -1)
 
 
 def _log_sum_exp(parts: list[Tensor]) -> Tensor:
     """Element-wise over a few tensors: torch is slow at reducing a short axis."""
+    if len(parts) == 1:
+        return parts[0]
     top = parts[0]
     for part in parts[1:]:
         top = torch.maximum(top, part)
@@ -102,9 +80,10 @@ def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
     return quadratic.mul_(linear).div_(total)
 
 
-def context_mask(blocks: QueryBlocks, local: LocalPages, pages: int) -> Tensor:
+def context_mask(blocks: QueryBlocks, pages: int) -> Tensor:
     """[N, S]: the local pages that lie wholly before each block."""
-    table = local.table
+    assert blocks.local is not None
+    table = blocks.local.table
     before = torch.arange(table.shape[1], device=table.device) < blocks.page.unsqueeze(1)  # [N, P]
     return mark(table.expand(len(blocks), -1), before, pages)
 
@@ -117,23 +96,64 @@ def mark(index: Tensor, valid: Tensor, size: int) -> Tensor:
 
 
 def select(
-    logits: Tensor, blocks: QueryBlocks, local: LocalPages, context: Tensor, plan: SparsePlan
+    query: Tensor,
+    logits: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    context: Tensor,
+    plan: SparsePlan,
 ) -> Selection:
-    """Choose pages by their share of the estimated softmax mass.
+    """Choose pages by their share of the softmax mass, estimated and then, if asked, looked at.
 
-    logits [Hkv, N, M, S]; context [N, S]. Logits of different heads and rows are not comparable:
-    a page scores its logit minus the row's log-sum-exp over all visible pages, and then the
-    maximum over the rows of the block and the heads of the group.
+    query [Hkv, N, M, D] scaled; logits [Hkv, N, M, S] of ``page_logits``; context [N, S].
+    Logits of different heads and rows are not comparable: a page scores its logit minus the
+    row's log-sum-exp over all visible pages, and then the maximum over the rows of the block
+    and the heads of the group.
     """
-    heads, count, rows = logits.shape[:3]
+    assert blocks.local is not None
+    heads, count = logits.shape[:2]
     visible = logits.masked_fill(~context[:, None], NEVER)
-    share = visible.sub_(visible.logsumexp(-1, keepdim=True))
+    mass = visible.logsumexp(-1, keepdim=True)  # [Hkv, N, M, 1]
+    score = _over_rows(visible.sub_(mass), blocks)
+    score = score.gather(2, blocks.local.table.expand(heads, count, -1))  # [Hkv, N, P] logical
+    score = score.transpose(0, 1)
+    if plan.second_look == 1 or blocks.tokens.shape[1] > 1:
+        return choose(score, blocks.page, plan)
+    wide = replace(plan, budget_pages=min(plan.second_look * plan.budget_pages, score.shape[2]))
+    candidates = choose(score, blocks.page, wide).chosen  # [N, Hkv, C]
+    seen = look(query, mass, kv, blocks, candidates.transpose(0, 1)).transpose(0, 1)
+    # what was not looked at cannot be chosen before what was
+    seen = seen.clamp(min=LEAST).where(candidates >= 0, NEVER)
+    looked = torch.full((*score.shape[:2], score.shape[2] + 1), NEVER, device=score.device)
+    looked.scatter_(2, candidates.where(candidates >= 0, score.shape[2]), seen)
+    return choose(looked[..., :-1], blocks.page, plan)
+
+
+def look(
+    query: Tensor, mass: Tensor, kv: PagedKV, blocks: QueryBlocks, candidates: Tensor
+) -> Tensor:
+    """The true shares of candidate pages [Hkv, N, C], from their keys -> [Hkv, N, C].
+
+    HiP's own last level, which descends to real keys (docs/algorithm.md, "the second look").
+    """
+    keys = kv.keys(lookup(blocks.table, candidates))  # [Hkv, N, C * 64, D]
+    logits = query @ keys.transpose(-1, -2)
+    logits = logits.view(*logits.shape[:3], -1, PAGE_SIZE)
+    return _over_rows(logits.logsumexp(-1) - mass, blocks)
+
+
+def _over_rows(share: Tensor, blocks: QueryBlocks) -> Tensor:
+    """share [Hkv, N, M, S] (overwritten) -> [Hkv, N, S], the best of the real rows."""
     padding = blocks.position < 0  # [N, R]
     if bool(padding.any()):
-        padding = padding.repeat_interleave(rows // padding.shape[1], 1)
-        share = share.masked_fill_(padding.unsqueeze(-1), NEVER)
-    score = share.amax(2).gather(2, local.table.expand(heads, count, -1))  # [Hkv, N, P] logical
-    return choose(score.transpose(0, 1), blocks.page, plan)
+        padding = padding.repeat_interleave(share.shape[2] // padding.shape[1], 1)
+        share.masked_fill_(padding.unsqueeze(-1), NEVER)
+    return share.amax(2)
+
+
+def lookup(table: Tensor, pages: Tensor) -> Tensor:
+    """Logical pages [Hkv, N, K] through table [N | 1, P]; padding (-1) reads as page 0."""
+    return table.expand(*pages.shape[:2], -1).gather(2, pages.clamp(min=0))
 
 
 def choose(score: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
@@ -144,7 +164,7 @@ def choose(score: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
     candidate = (logical >= plan.sink_pages) & (logical < window_start[:, None])  # [N, P]
     candidate = candidate[:, None].expand(-1, heads, -1)
     # a candidate without any estimated mass still comes before what is no candidate
-    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~candidate, NEVER)
+    score = score.clamp(min=LEAST).masked_fill(~candidate, NEVER)
     chosen = score.topk(min(plan.budget_pages, pages)).indices
     chosen = chosen.where(candidate.gather(2, chosen), pages).sort(-1).values
     chosen = chosen.where(chosen < pages, -1)
