@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -26,8 +28,8 @@ def draw_selections(
 ) -> None:
     """Write a PNG of the pages that the last layer attended while it answered each quote.
 
-    A page is drawn where any decode step of the answer chose it, a lane per KV head. ``tokens`` is
-    the length of the document.
+    A lane per KV head shows the pages that it chose: the more of the answer's decode steps chose a
+    page, the stronger its color. ``tokens`` is the length of the document.
     """
     pages = -(-tokens // PAGE_TOKENS)
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
@@ -57,7 +59,10 @@ def draw_selections(
         axes.set_xlim(0, pages)
         ticks = np.linspace(0, pages, 9)
         axes.set_xticks(ticks, [f"{tick * PAGE_TOKENS / 1024:.0f}K" for tick in ticks])
-        axes.set_xlabel(f"position in the document (tokens; a page is {PAGE_TOKENS})")
+        axes.set_xlabel(
+            f"position in the document (tokens); "
+            f"a page of {PAGE_TOKENS} is the stronger, the more decode steps chose it"
+        )
         axes.set_ylabel("where the quote was taken from")
         axes.set_title(_title(answers, trace), loc="left", weight="bold", fontsize=12, pad=30)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -89,13 +94,15 @@ def _draw_row(
     width = max(1.0, pages / 700)
     lane = 0.8 / len(final.chosen)
     for head in range(len(final.chosen)):
-        chosen = sorted(frozenset().union(*(step.chosen[head] for step in steps)))
+        times = Counter(page for step in steps for page in step.chosen[head])
+        chosen = np.array(sorted(times, key=times.__getitem__), dtype=float)
+        often = np.array([times[int(page)] for page in chosen]) / len(steps)
         axes.barh(
             np.full(len(chosen), row - 0.4 + lane * (head + 0.5)),
             width,
             height=lane * 0.92,
-            left=np.array(chosen) + 0.5 - width / 2,
-            color=_HEADS[head % len(_HEADS)],
+            left=chosen + 0.5 - width / 2,
+            color=[to_rgba(_HEADS[head % len(_HEADS)], 0.15 + 0.85 * share) for share in often],
             zorder=3,
         )
 
@@ -118,6 +125,6 @@ def _legend(heads: int) -> list[Patch | Line2D]:
     )
     return [
         *(Patch(color=color, label=f"chosen by KV head {head}") for head, color in colors),
-        Patch(color=_SINK_AND_WINDOW, label="sink and window, always attended"),
+        Patch(color=_SINK_AND_WINDOW, label="sink and window"),
         answer,
     ]

@@ -123,32 +123,36 @@ def _accelerator() -> str | None:
 
 
 def _quotes_table(runs: Sequence[RunResult]) -> Table:
-    table = Table(title="quotes continued word by word, by depth in the document")
-    table.add_column("")
-    for answer in runs[0].answers:
-        table.add_column(f"{answer.quote.depth:.0%}", justify="center")
-    table.add_column("right", justify="right")
+    table = Table(title="quotes continued word by word, from depth", show_footer=True)
+    table.add_column("", footer="right")
     for run in runs:
-        marks = ["[green]✓[/]" if answer.correct else "[red]✗[/]" for answer in run.answers]
-        table.add_row(_label(run), *marks, f"{run.right} of {len(marks)}")
+        right = f"{run.right} of {len(run.answers)}"
+        table.add_column(_label(run), footer=right, justify="right", no_wrap=True)
+    for number, row in enumerate(zip(*(run.answers for run in runs), strict=True), 1):
+        table.add_row(str(number), *map(_mark, row))
     return table
 
 
+def _mark(answer: Answer) -> str:
+    mark = "[green]✓[/]" if answer.correct else "[red]✗[/]"
+    return f"{answer.quote.depth:.0%} {mark}"
+
+
 def _speed_table(runs: Sequence[RunResult]) -> Table:
-    table = Table(title="one request alone; contexts differ, so compare a row with itself")
-    table.add_column("")
-    for heading in ("prompt tokens", "first token, cold", "decode", "KV read a step"):
-        table.add_column(heading, justify="right")
+    table = Table(title="one request alone (the contexts differ)")
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens", "first token", "tokens/s", "KV read"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
             _label(run),
             f"{run.speed.prompt_tokens:,}",
             f"{run.speed.ttft_s:.1f} s",
-            f"{run.speed.decode_tokens_per_s:.1f} tokens/s",
+            f"{run.speed.decode_tokens_per_s:.1f}",
             f"{run.kv_read_share:.1%}",
         )
     return table
 
 
 def _label(run: RunResult) -> str:
-    return f"{run.name}, {run.context // 1024}K"
+    return f"{run.name} {run.context / 1024:.3g}K"

@@ -146,11 +146,14 @@ def test_a_quote_is_lost_only_where_keep_all_had_it() -> None:
 
 def test_the_tables_fit_a_terminal() -> None:
     output = io.StringIO()
-    console = Console(file=output, width=100)
-    for table in DemoReport("", (run_result("SGLang torch_native", 0.04),), ()).tables():
+    console = Console(file=output, width=80)
+    names = ("HiP (balanced)", "HiP keep-all", "SGLang torch_native")
+    runs = tuple(run_result(name, 0.04) for name in names)
+    for table in DemoReport("", runs, ()).tables():
         console.print(table)
     text = output.getvalue()
-    assert "✗" in text
+    assert text.count("✗") == 3
+    assert all(text.count(f"{name} 64K") == 2 for name in names)
     assert "9 of 10" in text
     assert "4.0%" in text
     assert "…" not in text
