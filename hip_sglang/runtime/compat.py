@@ -65,6 +65,8 @@ def install() -> None:
 
     for hook in HOOKS:
         HookRegistry.register(hook.target, hook.hook, HookType.AROUND)
+    if not hasattr(Engine, "server_args_class"):
+        raise AttributeError("sglang.srt.entrypoints.engine.Engine.server_args_class is gone")
     # an override point of Engine's own, so that sgl.Engine(hip_config=...) is understood
     Engine.server_args_class = staticmethod(doors.engine_server_args)
 

@@ -80,6 +80,7 @@ def test_the_parser_knows_our_flags():
 def test_engine_takes_our_keywords():
     from sglang.srt.entrypoints.engine import Engine
 
+    assert "server_args = self.server_args_class(**kwargs)" in inspect.getsource(Engine.__init__)
     server_args = Engine.server_args_class(model_path="m", hip_config={"budget": 128})
     assert server_args._hip_config.budget == 128
     assert not hasattr(Engine.server_args_class(model_path="m"), "_hip_config")

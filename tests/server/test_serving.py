@@ -53,18 +53,6 @@ def test_requests_do_not_disturb_one_another(server: Server) -> None:
     assert [answer["output_ids"] for answer in together] == alone
 
 
-def test_two_ranks_answer_as_one_does(serve: Serve) -> None:
-    # sparse in both phases from the first position that can be, so that selection is compared too
-    config = '{"window": 64, "budget": 64, "dense_threshold": 0}'
-    prompts = [prompt(length, seed=length) for length in (5, 200, 1500)]
-    one = [serve("--hip-config", config).generate(ids)["output_ids"] for ids in prompts]
-    two = [
-        serve("--hip-config", config, "--tp-size", "2").generate(ids)["output_ids"]
-        for ids in prompts
-    ]
-    assert two == one
-
-
 def test_engine_takes_a_configuration(serve: Serve, tiny_llama: Path, tmp_path: Path) -> None:
     expected = serve().generate(prompt(40))["output_ids"]
     serve.stop()
@@ -93,3 +81,15 @@ if __name__ == "__main__":
     # the rank that computes says what it was given
     assert '"budget":128' in run.stderr + run.stdout
     assert '"prefill":"dense"' in run.stderr + run.stdout
+
+
+def test_two_ranks_answer_as_one_does(serve: Serve) -> None:
+    # sparse in both phases from the first position that can be, so that selection is compared too
+    config = '{"window": 64, "budget": 64, "dense_threshold": 0}'
+    prompts = [prompt(length, seed=length) for length in (5, 200, 1500)]
+    one = [serve("--hip-config", config).generate(ids)["output_ids"] for ids in prompts]
+    two = [
+        serve("--hip-config", config, "--tp-size", "2").generate(ids)["output_ids"]
+        for ids in prompts
+    ]
+    assert two == one
