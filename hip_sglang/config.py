@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hip_kernels.layout import PAGE_SIZE, Remainder, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -34,6 +34,7 @@ class LayerPlan:
     """What one layer does: which queries prune, and how."""
 
     pages: SparsePlan
+    means: int  # mean keys a page: 4 of 16 tokens, or 1
     sparse_from: int | None  # prefill blocks at this position or later prune; None: never
     sparse_decode_from: int | None  # the same of decode steps
 
@@ -78,7 +79,14 @@ class HipConfig(BaseModel):
     sub_page_means: bool = Field(
         default=True,
         strict=True,
-        description="select by the mean keys of 16 tokens too: finer, for 3% more KV memory",
+        description="estimate pages by the mean keys of 16 tokens, not of 64: finer, for 2% more "
+        "KV memory",
+    )
+    second_look: Tokens = Field(
+        default=8,
+        ge=1,
+        description="a decode step reads the keys of this many times the budget, of the pages "
+        "that weigh most by their summaries, and keeps the best; 1 trusts the summaries",
     )
     remainder: Remainder = Field(
         default="harmonic",
@@ -138,12 +146,13 @@ class HipConfig(BaseModel):
             window_pages=self.window // PAGE_SIZE,
             budget_pages=self.budget // PAGE_SIZE,
             remainder=self.remainder,
-            sub_page_means=self.sub_page_means,
+            second_look=self.second_look,
         )
         # where the exact pages hold all of the context, pruning would keep everything
         start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
         return LayerPlan(
             pages=pages,
+            means=SUB_PAGES if self.sub_page_means else 1,
             sparse_from=start if self.prefill == "sparse" else None,
             sparse_decode_from=start if self.decode == "sparse" else None,
         )

@@ -27,7 +27,7 @@ class SummaryPool:
                 key.shape[1],
                 key.shape[2],
                 value.shape[2],
-                sub_page_means=plan.pages.sub_page_means,
+                means=plan.means,
                 # half precision otherwise: float16 keeps more of a mean than bfloat16 does
                 dtype=torch.float32 if key.dtype == torch.float32 else torch.float16,
                 device=key.device,

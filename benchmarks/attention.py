@@ -1,0 +1,222 @@
+"""How fast is one layer's attention, against the strongest dense attention of the machine?
+
+Decode: one query token over a cached context. Prefill: the last chunk of a context. Our keep-all
+is the same code with nothing pruned; the best dense one reads contiguous keys and values, which
+no paged server has. All are timed in turn, round by round, each round with queries of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.ops import attend, plan_blocks, summarize
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hip_sglang.config import HipConfig, LayerPlan
+
+from .rows import percentiles, save
+
+
+@dataclass
+class Case:
+    """One layer's state at the end of a context."""
+
+    kv: PagedKV
+    summaries: Summaries
+    page_table: Tensor  # [1, P]
+    context: int
+    rows: int  # query tokens
+    query_heads: int
+
+    @classmethod
+    def make(cls, context: int, rows: int, heads: tuple[int, int], dim: int) -> Case:
+        """Random keys that drift, so that pages differ and a budget has something to choose."""
+        query_heads, kv_heads = heads
+        slots = -(-context // PAGE_SIZE) * PAGE_SIZE
+        generator = torch.Generator().manual_seed(0)
+        topics = torch.randn(slots // PAGE_SIZE, 1, kv_heads, dim, generator=generator)
+        kv = PagedKV(
+            torch.randn(slots // PAGE_SIZE, PAGE_SIZE, kv_heads, dim, generator=generator)
+            .add_(topics)
+            .flatten(0, 1),
+            torch.randn(slots, kv_heads, dim, generator=generator),
+        )
+        pages = torch.arange(slots // PAGE_SIZE)
+        summaries = Summaries.empty(len(pages), kv_heads, dim, dim)
+        for some in pages[: context // PAGE_SIZE].split(256):
+            summarize(kv, some, summaries)
+        return cls(kv, summaries, pages[None], context, rows, query_heads)
+
+    def queries(self, seed: int) -> Tensor:
+        """[rows, Hq, D], scaled so that attention is neither uniform nor a single token."""
+        shape = (self.rows, self.query_heads, self.kv.key.shape[2])
+        return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+    def ours(self, plan: LayerPlan) -> Callable[[Tensor], Tensor]:
+        blocks = plan_blocks(
+            [self.context - self.rows],
+            [self.context],
+            self.page_table,
+            sparse_from=plan.sparse_from,
+            sparse_decode_from=plan.sparse_decode_from,
+        )
+
+        def run(query: Tensor) -> Tensor:
+            out = torch.zeros_like(query)
+            for block in blocks:
+                scale = query.shape[2] ** -0.5
+                attend(query, self.kv, self.summaries, block, plan.pages, scale, out)
+            return out
+
+        return run
+
+    def torch_native(self) -> Callable[[Tensor], Tensor]:
+        """SGLang's own backend of that name, on SGLang's pool layout."""
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+        backend = object.__new__(TorchNativeAttnBackend)
+        req_to_token = torch.arange(self.context, dtype=torch.int32)[None]
+        first, length = torch.zeros(1, dtype=torch.int64), torch.tensor([self.context])
+
+        def run(query: Tensor) -> Tensor:
+            out = torch.empty_like(query)
+            common = (query, out, self.kv.key, self.kv.value, req_to_token, first, length)
+            gqa = query.shape[1] != self.kv.kv_heads
+            if self.rows == 1:
+                backend._run_sdpa_forward_decode(
+                    *common, scaling=query.shape[2] ** -0.5, enable_gqa=gqa
+                )
+            else:
+                backend._run_sdpa_forward_extend(
+                    *common,
+                    length - self.rows,
+                    torch.tensor([self.rows]),
+                    scaling=query.shape[2] ** -0.5,
+                    enable_gqa=gqa,
+                    causal=True,
+                )
+            return out
+
+        return run
+
+    def contiguous(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, T, D] as a dense kernel would wish them."""
+        key, value = self.kv.key[: self.context], self.kv.value[: self.context]
+        return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+
+    def dense(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Two dense attentions over contiguous memory; the better one is the baseline."""
+        key, value = self.contiguous()
+        heads, dim = self.kv.kv_heads, key.shape[2]
+        group = self.query_heads // heads
+        # a row of the group is a row of the query: keys are read once for all of its heads
+        position = torch.arange(self.context - self.rows, self.context).repeat_interleave(group)
+        future = torch.arange(self.context) > position[:, None]
+        mask = torch.zeros(future.shape).masked_fill_(future, float("-inf"))
+
+        def grouped(query: Tensor) -> Tensor:  # [Hkv, rows * G, D]
+            found = query.view(self.rows, heads, group, dim).transpose(0, 1)
+            return found.reshape(heads, -1, dim)
+
+        def back(out: Tensor) -> Tensor:
+            return out.view(heads, self.rows, group, dim).transpose(0, 1).flatten(1, 2)
+
+        def bmm(query: Tensor) -> Tensor:
+            logits = (grouped(query) * dim**-0.5) @ key.transpose(1, 2)
+            if self.rows > 1:
+                logits += mask
+            return back(logits.softmax(-1) @ value)
+
+        def sdpa(query: Tensor) -> Tensor:
+            shown = mask if self.rows > 1 else None
+            q = grouped(query)[None]
+            return back(scaled_dot_product_attention(q, key[None], value[None], shown)[0])
+
+        return {"dense_bmm": bmm, "dense_sdpa": sdpa}
+
+
+def measure(case: Case, config: HipConfig, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, round by round."""
+    contestants = {
+        "ours": case.ours(config.layer_plan(0)),
+        "keep_all": case.ours(HipConfig.load(None, "dense").layer_plan(0)),
+        **case.dense(),
+        "torch_native": case.torch_native(),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        query = case.queries(turn)
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run(query)
+            # the first round warms up
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hip-sglang bench attention", description=__doc__)
+    parser.add_argument("--mode", choices=["decode", "prefill"], default="decode")
+    parser.add_argument("--context", type=int, default=131072, help="tokens")
+    parser.add_argument("--chunk", type=int, default=1024, help="query tokens of a prefill")
+    parser.add_argument("--heads", default="32/8", help="query heads / KV heads")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--hip-config", help="JSON text or a path")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--save", action="store_true", help="append rows to benchmarks/results")
+    args = parser.parse_args(argv)
+    query_heads, _, kv_heads = args.heads.partition("/")
+    try:
+        heads = (int(query_heads), int(kv_heads or query_heads))
+    except ValueError:
+        raise ValueError(f"--heads {args.heads}: give query heads / KV heads, as 32/8") from None
+    if heads[1] < 1 or heads[0] % heads[1]:
+        raise ValueError(f"--heads {args.heads}: the query heads must be a multiple of the others")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: at least one")
+    rows = 1 if args.mode == "decode" else args.chunk
+    if not 0 < rows <= args.context:
+        raise ValueError(f"--chunk {rows} must lie between 1 and --context {args.context}")
+    config = HipConfig.load(args.hip_config)
+    seconds = measure(Case.make(args.context, rows, heads, args.dim), config, args.rounds)
+
+    def ratios(*others: str) -> list[float]:
+        """How many times faster we are, in each round, than the best of the others."""
+        best = min(others, key=lambda name: percentiles(seconds[name])[1])
+        return [other / ours for other, ours in zip(seconds[best], seconds["ours"], strict=True)]
+
+    found = {
+        "vs_best_dense": ratios("dense_bmm", "dense_sdpa"),
+        "vs_torch_native": ratios("torch_native"),
+        "vs_keep_all": ratios("keep_all"),
+    }
+    for name, samples in seconds.items():
+        p20, p50, p80 = (1e3 * value for value in percentiles(samples))
+        print(f"{name:14s} {p50:9.2f} ms   (p20 {p20:.2f}, p80 {p80:.2f})")
+    for name, samples in found.items():
+        print(f"{name:16s} {percentiles(samples)[1]:6.1f}x")
+    shape = {
+        "mode": args.mode, "context": args.context, "rows": rows, "heads": args.heads,
+        "dim": args.dim, "hip": config.model_dump(mode="json", exclude_defaults=True),
+    }  # fmt: skip
+    if args.save:
+        rows_of = {f"ratio.{name}": ("x", samples) for name, samples in found.items()}
+        rows_of |= {name: ("s", samples) for name, samples in seconds.items()}
+        print(f"saved to {save('attention', shape, rows_of).name}", file=sys.stderr)
+    if args.json:
+        medians = {name: round(percentiles(samples)[1], 2) for name, samples in found.items()}
+        values = {f"{name}_ms": round(1e3 * percentiles(s)[1], 3) for name, s in seconds.items()}
+        print(
+            json.dumps({"bench": "attention", "config": shape, "ratios": medians, "values": values})
+        )
+    return 0

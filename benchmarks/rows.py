@@ -1,0 +1,91 @@
+"""Rows of benchmark results, each with where it comes from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "date", "git_sha", "machine", "cores", "python", "torch", "triton", "sglang",
+    "bench", "config", "metric", "unit", "p20", "p50", "p80",
+)  # fmt: skip
+
+
+def percentiles(samples: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    found = np.percentile(samples, [20, 50, 80])
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def provenance() -> dict[str, str]:
+    """When, which code, and on what."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "git_sha": _git_sha(),
+        "machine": _processor(),
+        "cores": str(_cores()),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "sglang")},
+    }
+
+
+def save(bench: str, config: dict[str, Any], metrics: dict[str, tuple[str, list[float]]]) -> Path:
+    """Append a row a metric (unit, samples) to ``results/<bench>.csv``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{bench}.csv"
+    origin = provenance()
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        for metric, (unit, samples) in metrics.items():
+            p20, p50, p80 = (f"{value:.4g}" for value in percentiles(samples))
+            row = {**origin, "bench": bench, "config": json.dumps(config), "metric": metric}
+            writer.writerow({**row, "unit": unit, "p20": p20, "p50": p50, "p80": p80})
+    return path
+
+
+def _git_sha() -> str:
+    """The commit, with a + where the tree has changes beside results."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def _processor() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
