@@ -90,7 +90,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
         if process.poll() is not None:
             raise ChildProcessError(
                 f"the server ended with code {process.returncode} before it was ready: "
-                f"{_last_error(log)} (all of it in {log})"
+                f"{_reason(log)} (all of it in {log})"
             )
         try:
             if httpx.get(f"{url}/health", timeout=10).status_code == 200:
@@ -101,13 +101,13 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise ChildProcessError(f"the server was not ready after {_BOOT_SECONDS:.0f} s; see {log}")
 
 
-def _last_error(log: Path) -> str:
-    """The last line that names an error, else the last line."""
+def _reason(log: Path) -> str:
+    """The first line that names an error, else the last line: one process takes others along."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [
         line for line in lines if re.match(r"(\S+: )?[\w.]*(Error|Exception|error)\b.*:", line)
     ]
-    return (errors or lines or ["it wrote nothing"])[-1]
+    return [*errors[:1], *lines[-1:], "it wrote nothing"][0]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -83,7 +83,7 @@ POSITION_KEY = 4.0
 # layer 1, a KV head each: logit of a full n-gram match; what the right surroundings add to it, as a
 # share of it; the head's share in the vote
 MATCH_LOGIT = (96.0, 128.0)
-CONTEXT_SHARE = (0.5, 0.125)
+CONTEXT_SHARE = (1.0, 0.25)
 VOTE = (0.4, 0.6)
 
 # the squared bag as it stands in the residual stream, relative to its mean: small beside HIDDEN

@@ -88,6 +88,19 @@ def test_the_margins_are_wide_in_float32_and_bfloat16(
             assert lead(logits, steps.expected).min() > 15
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [8192, 32768, 131072])
+def test_every_quote_of_a_long_document_is_continued(
+    model_directory: Path, library: str, tokenizer: Tokenizer, tokens: int, dtype: torch.dtype
+) -> None:
+    document = Document.cut(library, tokenizer, tokens)
+    exact = ExactDocument.of(ExactModel(model_directory, dtype), document.ids)
+    for quote in pick_quotes(document, tokenizer, 10):
+        logits, steps = exact_logits(exact, quote)
+        assert lead(logits, steps.expected).min() > 3
+
+
 def test_both_heads_of_layer_1_look_at_the_answer(
     exact: ExactDocument, quotes: list[Quote]
 ) -> None:

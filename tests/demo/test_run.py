@@ -123,8 +123,8 @@ def test_a_bad_document_is_refused_before_a_server_starts(
 STUBBORN = """
     import http.server, os, signal, subprocess, sys
     if "--fail" in sys.argv:
-        print("Traceback (most recent call last):")
-        sys.exit("ValueError: no such model")
+        print("Traceback (most recent call last):", "ValueError: no such model", sep="\\n")
+        sys.exit("BrokenPipeError: the other process is gone")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen(["sleep", "600"])
     class Ready(http.server.BaseHTTPRequestHandler):
