@@ -127,6 +127,27 @@ def check_model(model: Any, ranks: int) -> None:
         )
 
 
+def check_layers(model: torch.nn.Module, context: int) -> None:
+    """Refuse what only the built model shows: what one of its attention layers asks for."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    for layer in model.modules():
+        if not isinstance(layer, RadixAttention):
+            continue
+        for unsupported, what in (
+            (layer.logit_cap > 0, "caps its logits"),
+            (0 < layer.sliding_window_size < context, "slides a window"),
+            (layer.is_cross_attention, "attends across sequences"),
+            (layer.attn_type != AttentionType.DECODER, "is not causal"),
+            (layer.xai_temperature_len > 0, "scales its logits by position"),
+        ):
+            if unsupported:
+                raise UnsupportedError(
+                    f"{BACKEND} does not serve this model: attention layer {layer.layer_id} "
+                    f"{what}; choose another --attention-backend for it"
+                )
+
+
 def check_kv_dtype(dtype: torch.dtype) -> None:
     """Refuse a KV cache in a format that only its checkpoint asked for."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 
-from hip_sglang.runtime.requirements import UnsupportedError, check_kv_dtype, check_model
+from hip_sglang.runtime.requirements import (
+    UnsupportedError,
+    check_kv_dtype,
+    check_layers,
+    check_model,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -109,3 +114,23 @@ def test_a_kv_cache_in_eight_bits_is_refused():
     check_kv_dtype(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="set --kv-cache-dtype bfloat16"):
         check_kv_dtype(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"logit_cap": 50.0}, "layer 3 caps its logits"),
+        ({"sliding_window_size": 1023}, "layer 3 slides a window"),
+        ({"is_cross_attention": True}, "layer 3 attends across sequences"),
+    ],
+)
+def test_a_layer_that_asks_for_more_is_refused(sglang, arguments, reason):
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    def model(**given):
+        layer = RadixAttention(4, 64, 0.125, num_kv_heads=2, layer_id=3, **given)
+        return torch.nn.ModuleList([layer])
+
+    check_layers(model(sliding_window_size=4096), context=4096)
+    with pytest.raises(UnsupportedError, match=reason):
+        check_layers(model(**arguments), context=4096)
