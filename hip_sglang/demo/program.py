@@ -53,6 +53,8 @@ def continue_quotes(
 ) -> list[Answer]:
     """Ask for the continuation of every quote, all at once, on a document that is read once."""
     s += document
+    # fork caches the prefix only where the worker has appended it by then
+    s.sync()
     branches = s.fork(len(quotes))
     for branch, quote in zip(branches.states, quotes, strict=True):
         branch += quote.suffix
@@ -61,9 +63,7 @@ def continue_quotes(
         )
     answers = []
     for branch, quote in zip(branches.states, quotes, strict=True):
-        branch.sync()
-        if branch.error() is not None:
-            raise branch.error()
+        _raise_error(branch)
         answers.append(Answer(quote, branch["answer"], branch.get_meta_info("answer")["id"]))
         on_answer()
     branches.join()
@@ -74,17 +74,25 @@ def continue_quotes(
 def _generate(s: Any, prompt: str, tokens: int) -> dict[str, Any]:
     s += prompt
     s += sgl.gen("answer", max_tokens=tokens, temperature=0, ignore_eos=True)
-    s.sync()
-    if s.error() is not None:
-        raise s.error()
+    _raise_error(s)
     meta: dict[str, Any] = s.get_meta_info("answer")
     return meta
+
+
+def _raise_error(state: Any) -> None:
+    """The frontend keeps what went wrong for whoever asks."""
+    error = state.error()
+    if error is not None:
+        raise ConnectionError(f"the server did not answer a request: {error}") from error
 
 
 def ask(
     url: str, document: str, quotes: Sequence[Quote], on_answer: Callable[[], None] = lambda: None
 ) -> list[Answer]:
-    """Run ``continue_quotes`` against a running server."""
+    """Run ``continue_quotes`` against a running server.
+
+    Raises ConnectionError where it does not answer.
+    """
     state = continue_quotes.run(document, quotes, on_answer, backend=sgl.RuntimeEndpoint(url))
     answers: list[Answer] = state.ret_value
     return answers
@@ -93,7 +101,8 @@ def ask(
 def measure_speed(url: str, document: str, prompt: str) -> Speed:
     """Read the document cold, then decode after ``prompt``, which begins with the document.
 
-    The document must be new to the server, and nothing else running on it.
+    The document must be new to the server, and nothing else running on it. Raises ValueError where
+    it is not new, ConnectionError where the server does not answer.
     """
     backend = sgl.RuntimeEndpoint(url)
 

@@ -55,8 +55,8 @@ def run_demo(doc: Path | None, out_dir: Path, context: int = 65536) -> int:
     HiP reads ``context`` tokens, our keep-all half of that, SGLang's ``torch_native`` an eighth.
     Where HiP answers wrongly, keep-all is asked the same at HiP's length. Writes the report, the
     picture, the model and the servers' logs to ``out_dir``. Returns 1 where keep-all is right and
-    HiP wrong, else 0. Raises ValueError where the document cannot be used, ChildProcessError where
-    a server ends by itself.
+    HiP wrong, else 0. Raises ValueError where the document cannot be used, ChildProcessError or
+    ConnectionError where a server ends by itself.
     """
     console = Console()
     columns = (
