@@ -83,10 +83,10 @@ class HipConfig(BaseModel):
         "KV memory",
     )
     second_look: Tokens = Field(
-        default=8,
-        ge=1,
-        description="a decode step reads the keys of this many times the budget, of the pages "
-        "that weigh most by their summaries, and keeps the best; 1 trusts the summaries",
+        default=2,
+        ge=0,
+        description="decode steps choose by real keys, reading this many times the budget of the "
+        "most promising ones; 0 trusts the summaries",
     )
     remainder: Remainder = Field(
         default="harmonic",

@@ -28,7 +28,7 @@ class SparsePlan:
     window_pages: int = 16
     budget_pages: int = 32
     remainder: Remainder = "harmonic"
-    second_look: int = 1  # candidates by their summaries for each page chosen by its keys; decode
+    second_look: int = 0  # decode: choose by real keys, of this many times the budget
 
     @property
     def exact_pages(self) -> int:
@@ -49,23 +49,27 @@ class PagedKV:
 
     def keys(self, pages: Tensor) -> Tensor:
         """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, D] in float32."""
-        return _gather(self.key, pages)
+        return _runs(self.key, pages * PAGE_SIZE, PAGE_SIZE)
 
     def values(self, pages: Tensor) -> Tensor:
         """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, Dv] in float32."""
-        return _gather(self.value, pages)
+        return _runs(self.value, pages * PAGE_SIZE, PAGE_SIZE)
+
+    def key_runs(self, slots: Tensor, tokens: int) -> Tensor:
+        """Runs of ``tokens`` keys from slots [Hkv, N, K] -> [Hkv, N, K * tokens, D] in float32."""
+        return _runs(self.key, slots, tokens)
 
 
-def _gather(rows: Tensor, pages: Tensor) -> Tensor:
+def _runs(rows: Tensor, slots: Tensor, tokens: int) -> Tensor:
     heads, width = rows.shape[1], rows.shape[2]
-    if pages.numel() == 1 or (pages.shape[:2] == (1, 1) and bool((pages[0, 0].diff() == 1).all())):
+    if slots.shape[:2] == (1, 1) and bool((slots[0, 0].diff() == tokens).all()):
         # one run of the pool: a view costs nothing, a copy of a long context costs a great deal
-        run = rows.narrow(0, int(pages[0, 0, 0]) * PAGE_SIZE, pages.shape[2] * PAGE_SIZE)
+        run = rows.narrow(0, int(slots[0, 0, 0]), slots.shape[2] * tokens)
         return run.transpose(0, 1).unsqueeze(1).float()
-    slots = pages.unsqueeze(-1) * PAGE_SIZE + torch.arange(PAGE_SIZE, device=pages.device)
-    index = slots * heads + torch.arange(heads, device=pages.device).view(-1, 1, 1, 1)
+    slots = slots.unsqueeze(-1) + torch.arange(tokens, device=slots.device)
+    index = slots * heads + torch.arange(heads, device=slots.device).view(-1, 1, 1, 1)
     found = rows.reshape(-1, width).index_select(0, index.flatten())
-    return found.view(heads, pages.shape[1], -1, width).float()
+    return found.view(heads, slots.shape[1], -1, width).float()
 
 
 @dataclass(frozen=True)

@@ -173,22 +173,29 @@ class Head:
         logits = [[self.pruned_logit(q, p, plan) for p in range(page)] for q in rows]
         mass = torch.tensor(logits, dtype=torch.float64).view(len(rows), page).logsumexp(1)
 
-        def best(scores: Callable[[Tensor, int], float], pages: list[int], count: int) -> list[int]:
-            def share(p: int) -> float:
-                return max(scores(q, p) - float(m) for q, m in zip(rows, mass, strict=True))
+        def share(score: Callable[[Tensor], float]) -> float:
+            return max(score(q) - float(m) for q, m in zip(rows, mass, strict=True))
 
-            return sorted(pages, key=lambda p: -share(p))[:count]
+        def estimated(p: int) -> float:
+            return share(lambda q: self.pruned_logit(q, p, plan))
 
-        def estimated(q: Tensor, p: int) -> float:
-            return self.pruned_logit(q, p, plan)
+        if not (single and plan.second_look):
+            return sink | window | set(sorted(rest, key=estimated)[-plan.budget_pages :])
 
-        def true(q: Tensor, p: int) -> float:
-            return float((self.key[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] @ q).logsumexp(0))
+        def promise(place: tuple[int, int]) -> float:
+            p, part = place
+            means, sigma = self.summary(p)
+            return share(lambda q: float(q @ means[part]) + self.spread(q, sigma, plan))
 
-        looks = plan.second_look if single else 1
-        chosen = best(estimated, rest, looks * plan.budget_pages)
-        if looks > 1:
-            chosen = best(true, chosen, plan.budget_pages)
+        places = sorted(((p, part) for p in rest for part in range(self.means)), key=promise)
+        read = places[-plan.second_look * plan.budget_pages * self.means :]
+
+        def true(p: int) -> float:
+            parts = self.key[p * PAGE_SIZE : (p + 1) * PAGE_SIZE].chunk(self.means)
+            keys = torch.cat([parts[part] for page, part in read if page == p])
+            return share(lambda q: float((keys @ q).logsumexp(0)))
+
+        chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
         return sink | window | set(chosen)
 
     @cache  # noqa: B019 - a head lives as long as its test
@@ -202,16 +209,18 @@ class Head:
         """A pruned page as one key."""
         means, sigma = self.summary(page)
         mean = float((means @ q).logsumexp(0)) + math.log(PAGE_SIZE / self.means)
+        return mean + self.spread(q, sigma, plan)
+
+    def spread(self, q: Tensor, sigma: Tensor, plan: SparsePlan) -> float:
         quadratic = 0.5 * float((q**2 * sigma**2).sum())
         linear = float((q.abs() * sigma).sum())
         if plan.remainder == "quadratic":
-            return mean + quadratic
+            return quadratic
         if plan.remainder == "log_cosh":
-            return mean + float(torch.log(torch.cosh(q * sigma)).sum())
+            return float(torch.log(torch.cosh(q * sigma)).sum())
         if plan.remainder == "harmonic":
-            together = quadratic + linear
-            return mean + (quadratic * linear / together if together else 0.0)
-        return mean
+            return quadratic * linear / (quadratic + linear) if quadratic + linear else 0.0
+        return 0.0
 
     def attend(self, q: Tensor, t: int, exact: set[int], plan: SparsePlan) -> Tensor:
         logits, values = [], []

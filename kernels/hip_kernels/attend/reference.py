@@ -62,7 +62,7 @@ def attend_sparse(
         remainder = None
         if plan.remainder != "none":
             pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
-            remainder = logits.masked_fill_(~pruned.unsqueeze(2), NEVER)
+            remainder = logits.page.masked_fill_(~pruned.unsqueeze(2), NEVER)
         exact = lookup(wave.table, pages)
         absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
         future = future_keys(wave, wave.page[:, None], q.shape[2])

@@ -9,7 +9,7 @@ blocks of a KV head.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,27 +29,37 @@ NEVER = float("-inf")
 LEAST = torch.finfo(torch.float32).min
 
 
-def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> Tensor:
-    """What each page weighs for each query row, as the logit of one key.
+@dataclass(frozen=True)
+class PageLogits:
+    """What each page weighs for each query row, as the logit of one key."""
 
-    query [Hkv, N, M, D], scaled -> [Hkv, N, M, S], the estimated log of the sum of exp over the
-    page's keys: the log-sum-exp over its means, each of n tokens, of ``q.mean + log n``, plus the
-    guarded second cumulant of the keys about those means. The same number chooses pages and
-    weighs the pruned ones.
+    page: Tensor  # [Hkv, N, M, S] the estimated log of the sum of exp over the page's keys
+    parts: list[Tensor]  # L x [Hkv, N, M, S]: q . mean of each sub-page
+    spread: Tensor | None  # [Hkv, N, M, S] the guarded second cumulant about those means
+
+
+def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> PageLogits:
+    """Weigh the pages of ``summaries`` for query [Hkv, N, M, D], scaled.
+
+    The log-sum-exp over a page's means, each of n tokens, of ``q.mean + log n``, plus the guarded
+    second cumulant of the keys about those means. The same number chooses pages and weighs the
+    pruned ones.
     """
     heads, blocks, rows, width = query.shape
     flat = query.reshape(heads, blocks * rows, width)
-    parts = [flat @ mean.transpose(1, 2) for mean in summaries.mean.unbind(1)]
+    shape = (heads, blocks, rows, -1)
+    parts = [(flat @ mean.transpose(1, 2)).view(shape) for mean in summaries.mean.unbind(1)]
     weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
-    if remainder not in ("mean", "none"):
-        weight += spread(flat, summaries.sigma, remainder)
-    return weight.view(heads, blocks, rows, -1)
+    if remainder in ("mean", "none"):
+        return PageLogits(weight, parts, None)
+    guarded = spread(flat, summaries.sigma, remainder).view(shape)
+    return PageLogits(weight.add_(guarded), parts, guarded)
 
 
 def _log_sum_exp(parts: list[Tensor]) -> Tensor:
     """Element-wise over a few tensors: torch is slow at reducing a short axis."""
     if len(parts) == 1:
-        return parts[0]
+        return parts[0].clone()
     top = parts[0]
     for part in parts[1:]:
         top = torch.maximum(top, part)
@@ -97,7 +107,7 @@ def mark(index: Tensor, valid: Tensor, size: int) -> Tensor:
 
 def select(
     query: Tensor,
-    logits: Tensor,
+    logits: PageLogits,
     kv: PagedKV,
     blocks: QueryBlocks,
     context: Tensor,
@@ -105,41 +115,59 @@ def select(
 ) -> Selection:
     """Choose pages by their share of the softmax mass, estimated and then, if asked, looked at.
 
-    query [Hkv, N, M, D] scaled; logits [Hkv, N, M, S] of ``page_logits``; context [N, S].
-    Logits of different heads and rows are not comparable: a page scores its logit minus the
-    row's log-sum-exp over all visible pages, and then the maximum over the rows of the block
-    and the heads of the group.
+    query [Hkv, N, M, D] scaled; context [N, S]. Logits of different heads and rows are not
+    comparable: a page scores its logit minus the row's log-sum-exp over all visible pages, and
+    then the maximum over the rows of the block and the heads of the group.
     """
-    assert blocks.local is not None
-    heads, count = logits.shape[:2]
-    visible = logits.masked_fill(~context[:, None], NEVER)
+    visible = logits.page.masked_fill(~context[:, None], NEVER)
     mass = visible.logsumexp(-1, keepdim=True)  # [Hkv, N, M, 1]
-    score = _over_rows(visible.sub_(mass), blocks)
-    score = score.gather(2, blocks.local.table.expand(heads, count, -1))  # [Hkv, N, P] logical
-    score = score.transpose(0, 1)
-    if plan.second_look == 1 or blocks.tokens.shape[1] > 1:
-        return choose(score, blocks.page, plan)
-    wide = replace(plan, budget_pages=min(plan.second_look * plan.budget_pages, score.shape[2]))
-    candidates = choose(score, blocks.page, wide).chosen  # [N, Hkv, C]
-    seen = look(query, mass, kv, blocks, candidates.transpose(0, 1)).transpose(0, 1)
-    # what was not looked at cannot be chosen before what was
-    seen = seen.clamp(min=LEAST).where(candidates >= 0, NEVER)
-    looked = torch.full((*score.shape[:2], score.shape[2] + 1), NEVER, device=score.device)
-    looked.scatter_(2, candidates.where(candidates >= 0, score.shape[2]), seen)
-    return choose(looked[..., :-1], blocks.page, plan)
+    if plan.second_look and blocks.tokens.shape[1] == 1:
+        score = look(query, logits, mass, kv, blocks, plan)
+    else:
+        score = by_position(_over_rows(visible.sub_(mass), blocks), blocks)
+    return choose(score.transpose(0, 1), blocks.page, plan)
 
 
 def look(
-    query: Tensor, mass: Tensor, kv: PagedKV, blocks: QueryBlocks, candidates: Tensor
+    query: Tensor,
+    logits: PageLogits,
+    mass: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
 ) -> Tensor:
-    """The true shares of candidate pages [Hkv, N, C], from their keys -> [Hkv, N, C].
+    """The shares of pages [Hkv, N, P] from real keys: those of their most promising sub-pages.
 
     HiP's own last level, which descends to real keys (docs/algorithm.md, "the second look").
+    Reads ``second_look`` times the budget's keys. A page of which nothing was read scores -inf.
     """
-    keys = kv.keys(lookup(blocks.table, candidates))  # [Hkv, N, C * 64, D]
-    logits = query @ keys.transpose(-1, -2)
-    logits = logits.view(*logits.shape[:3], -1, PAGE_SIZE)
-    return _over_rows(logits.logsumexp(-1) - mass, blocks)
+    count = len(logits.parts)
+    tokens = PAGE_SIZE // count
+    promise = torch.stack(logits.parts, -1)  # [Hkv, N, M, S, L]
+    if logits.spread is not None:
+        promise = promise + logits.spread.unsqueeze(-1)
+    promise = _over_rows((promise - mass.unsqueeze(-1)).flatten(3), blocks)
+    promise = promise.view(*promise.shape[:2], -1, count)  # [Hkv, N, S, L]
+    promise = torch.stack([by_position(part, blocks) for part in promise.unbind(-1)], -1)
+    heads, blocks_, pages, _ = promise.shape
+    closed = ~candidate_pages(blocks.page, pages, plan)  # [N, P]
+    promise = promise.masked_fill_(closed[:, :, None], NEVER).flatten(2)  # [Hkv, N, P * L]
+    wanted = min(plan.second_look * plan.budget_pages, pages) * count
+    best, places = promise.topk(wanted)
+    page, part = places // count, places % count
+    slots = lookup(blocks.table, page) * PAGE_SIZE + part * tokens
+    keys = kv.key_runs(slots, tokens)  # [Hkv, N, wanted * tokens, D]
+    found = (query @ keys.transpose(-1, -2)).view(heads, blocks_, -1, wanted, tokens)
+    seen = (found.logsumexp(-1) - mass).masked_fill_((best == NEVER).unsqueeze(2), NEVER)
+    share = seen.new_full((*seen.shape[:3], pages * count), NEVER)
+    share.scatter_(3, places.unsqueeze(2).expand_as(seen), seen)
+    return _over_rows(share.view(*seen.shape[:3], pages, count).logsumexp(-1), blocks)
+
+
+def by_position(score: Tensor, blocks: QueryBlocks) -> Tensor:
+    """score [Hkv, N, S] of local pages -> [Hkv, N, P] of logical ones."""
+    assert blocks.local is not None
+    return score.gather(2, blocks.local.table.expand(*score.shape[:2], -1))
 
 
 def _over_rows(share: Tensor, blocks: QueryBlocks) -> Tensor:
@@ -159,10 +187,7 @@ def lookup(table: Tensor, pages: Tensor) -> Tensor:
 def choose(score: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
     """score [N, Hkv, P] by logical page, page [N] of the block -> sink, best, window, own."""
     heads, pages = score.shape[1:]
-    logical = torch.arange(pages, device=score.device)
-    window_start = page - plan.window_pages  # [N]
-    candidate = (logical >= plan.sink_pages) & (logical < window_start[:, None])  # [N, P]
-    candidate = candidate[:, None].expand(-1, heads, -1)
+    candidate = candidate_pages(page, pages, plan)[:, None].expand(-1, heads, -1)
     # a candidate without any estimated mass still comes before what is no candidate
     score = score.clamp(min=LEAST).masked_fill(~candidate, NEVER)
     chosen = score.topk(min(plan.budget_pages, pages)).indices
@@ -181,3 +206,9 @@ def choose(score: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
 
     found = torch.cat([each_head(sink), chosen, each_head(window)], -1)
     return Selection(found, plan.sink_pages, plan.window_pages)
+
+
+def candidate_pages(page: Tensor, pages: int, plan: SparsePlan) -> Tensor:
+    """[N, P]: the pages between the sink and the window of blocks at ``page`` [N]."""
+    logical = torch.arange(pages, device=page.device)
+    return (logical >= plan.sink_pages) & (logical < (page - plan.window_pages)[:, None])
