@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +13,8 @@ import sglang as sgl
 
 from hip_sglang.demo.quotes import Quote, whole_characters
 
-# decode speed is the difference between two answers of these lengths
-_SHORT, _LONG = 8, 40
+# decode speed is the median of so many answers of so many tokens
+_ANSWERS, _TOKENS = 3, 40
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Speed:
     """How fast one request was served alone.
 
     ``ttft_s``: seconds from sending the document to its first token, nothing cached: HTTP,
-    tokenising, prefill and one decode step. ``decode_tokens_per_s``: of one request on the cached
-    document; the difference of two answers, so that HTTP, tokenising and prefill cancel.
+    tokenising and prefill. ``decode_tokens_per_s``: of one request on the cached document, from the
+    arrival of its first token to that of its last, so that all of the above is left out.
     """
 
     prompt_tokens: int
@@ -105,21 +107,26 @@ def measure_speed(url: str, document: str, prompt: str) -> Speed:
     it is not new, ConnectionError where the server does not answer.
     """
     backend = sgl.RuntimeEndpoint(url)
-
-    def timed(text: str, tokens: int) -> tuple[float, dict[str, Any]]:
-        began = time.perf_counter()
-        meta = _generate.run(text, tokens, backend=backend).ret_value
-        return time.perf_counter() - began, meta
-
-    ttft, meta = timed(document, 1)
+    began = time.perf_counter()
+    meta = _generate.run(document, 1, backend=backend).ret_value
+    ttft = time.perf_counter() - began
     if meta["cached_tokens"] > 0.01 * meta["prompt_tokens"]:
         raise ValueError(f"the server at {url} knows the document already; start a fresh one")
-    # the first answer caches what the prompt adds to the document
-    timed(prompt, 1)
-    short = min(timed(prompt, _SHORT)[0] for _ in range(2))
-    long = min(timed(prompt, _LONG)[0] for _ in range(2))
+    speeds = []
+    for _ in range(_ANSWERS):
+        state = _generate.run(prompt, _TOKENS, backend=backend, stream=True)
+        arrivals = asyncio.run(_arrivals(state))
+        _raise_error(state)
+        (first_s, first), (last_s, last) = arrivals[0], arrivals[-1]
+        speeds.append((last - first) / (last_s - first_s))
     return Speed(
         prompt_tokens=meta["prompt_tokens"],
         ttft_s=ttft,
-        decode_tokens_per_s=(_LONG - _SHORT) / max(long - short, 1e-9),
+        decode_tokens_per_s=statistics.median(speeds),
     )
+
+
+async def _arrivals(state: Any) -> list[tuple[float, int]]:
+    """When text arrived (in seconds), and how many tokens there were by then."""
+    stream = state.text_async_iter("answer", return_meta_data=True)
+    return [(time.perf_counter(), meta["completion_tokens"]) async for _, meta in stream]
