@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from hip_sglang.demo.quotes import Quote, whole_characters
 
 # decode speed is the median of so many answers of so many tokens
 _ANSWERS, _TOKENS = 3, 40
+
+# the frontend shows the traceback of every failed request; we raise it, in one line
+warnings.filterwarnings("ignore", message="Error in stream_executor")
 
 
 @dataclass(frozen=True)
