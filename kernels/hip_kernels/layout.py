@@ -47,29 +47,45 @@ class PagedKV:
     def kv_heads(self) -> int:
         return self.key.shape[1]
 
-    def keys(self, pages: Tensor) -> Tensor:
-        """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, D] in float32."""
-        return _runs(self.key, pages * PAGE_SIZE, PAGE_SIZE)
+    def together(self, pages: Tensor) -> PagedKV:
+        """The pages [P] of one request as a pool of its own, in their order."""
+        if bool((pages.diff() == 1).all()):
+            # a view costs nothing, a copy of a long context costs a great deal
+            run = slice(int(pages[0]) * PAGE_SIZE, (int(pages[-1]) + 1) * PAGE_SIZE)
+            return PagedKV(self.key[run], self.value[run])
 
-    def values(self, pages: Tensor) -> Tensor:
-        """pages [Hkv | 1, N, K] physical -> [Hkv, N, K * 64, Dv] in float32."""
-        return _runs(self.value, pages * PAGE_SIZE, PAGE_SIZE)
+        def copy(rows: Tensor) -> Tensor:
+            return rows.view(-1, PAGE_SIZE, *rows.shape[1:])[pages].flatten(0, 1)
 
-    def key_runs(self, slots: Tensor, tokens: int) -> Tensor:
-        """Runs of ``tokens`` keys from slots [Hkv, N, K] -> [Hkv, N, K * tokens, D] in float32."""
-        return _runs(self.key, slots, tokens)
+        return PagedKV(copy(self.key), copy(self.value))
+
+    def scores(self, query: Tensor, slots: Tensor, tokens: int) -> Tensor:
+        """Query times keys: query [Hkv, N, M, D]; runs of ``tokens`` keys from slots [Hkv, N, K].
+
+        Returns [Hkv, N, M, K * tokens] in float32. Head by head, so that what is gathered stays
+        in the cache.
+        """
+        products = [
+            q @ _rows(self.key, head, start, tokens).transpose(1, 2)
+            for head, (q, start) in enumerate(zip(query, slots, strict=True))
+        ]
+        return torch.stack(products)
+
+    def mix(self, weight: Tensor, slots: Tensor, tokens: int) -> Tensor:
+        """Weighted sums of values: weight [Hkv, N, M, K * tokens] -> [Hkv, N, M, Dv]."""
+        sums = [
+            w @ _rows(self.value, head, start, tokens)
+            for head, (w, start) in enumerate(zip(weight, slots, strict=True))
+        ]
+        return torch.stack(sums)
 
 
-def _runs(rows: Tensor, slots: Tensor, tokens: int) -> Tensor:
+def _rows(rows: Tensor, head: int, slots: Tensor, tokens: int) -> Tensor:
+    """Runs of ``tokens`` rows of one head from slots [N, K] -> [N, K * tokens, D] in float32."""
     heads, width = rows.shape[1], rows.shape[2]
-    if slots.shape[:2] == (1, 1) and bool((slots[0, 0].diff() == tokens).all()):
-        # one run of the pool: a view costs nothing, a copy of a long context costs a great deal
-        run = rows.narrow(0, int(slots[0, 0, 0]), slots.shape[2] * tokens)
-        return run.transpose(0, 1).unsqueeze(1).float()
-    slots = slots.unsqueeze(-1) + torch.arange(tokens, device=slots.device)
-    index = slots * heads + torch.arange(heads, device=slots.device).view(-1, 1, 1, 1)
-    found = rows.reshape(-1, width).index_select(0, index.flatten())
-    return found.view(heads, slots.shape[1], -1, width).float()
+    index = slots.unsqueeze(-1) + torch.arange(tokens, device=slots.device)
+    found = rows.reshape(-1, width).index_select(0, index.flatten() * heads + head)
+    return found.view(slots.shape[0], -1, width).float()
 
 
 @dataclass(frozen=True)

@@ -63,41 +63,52 @@ def attend_sparse(
         if plan.remainder != "none":
             pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
             remainder = logits.page.masked_fill_(~pruned.unsqueeze(2), NEVER)
-        exact = lookup(wave.table, pages)
+        slots = lookup(wave.table, pages) * PAGE_SIZE
+        exact = kv.scores(q, slots, PAGE_SIZE)
         absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
-        future = future_keys(wave, wave.page[:, None], q.shape[2])
-        result = softmax_attend(
-            q, kv.keys(exact), kv.values(exact), future, absent, remainder, near.value
-        )
+        if bool(absent.any()):
+            exact.masked_fill_(absent.unsqueeze(2), NEVER)
+        hide_future(exact, future_keys(wave, wave.page[:, None], q.shape[2]))
+        if remainder is None:
+            result = kv.mix(exact.softmax(-1), slots, PAGE_SIZE)
+        else:
+            # one softmax: a pruned page is a key like any other
+            weight = torch.cat([exact, remainder], -1).softmax(-1)
+            result = kv.mix(weight[..., : exact.shape[-1]], slots, PAGE_SIZE)
+            result += weight[..., exact.shape[-1] :] @ near.value.unsqueeze(1)
         scatter_rows(result, wave, out)
         selected.append(selection.pages)
     return Selection(torch.cat(selected), plan.sink_pages, plan.window_pages)
 
 
 def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, out: Tensor) -> None:
-    """Every page exactly: the dense attention that sparse is compared with, on the same code."""
+    """Every page exactly: the dense attention that sparse is compared with."""
     shared = blocks.table.shape[0] == 1
+    near = kv.together(blocks.table[0]) if shared else kv
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = blocks.table.shape[1] * PAGE_SIZE
-    if shared:
-        all_keys, all_values = kv.keys(blocks.table[None]), kv.values(blocks.table[None])
     for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
-        q = rows_of(query, wave, kv.kv_heads) * scale
+        q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
         first, last = int(wave.page.min()), int(wave.page.max())
         tail = torch.arange(first, last + 1, device=query.device)
         future = future_keys(wave, tail.expand(len(wave), -1), q.shape[2])  # [N, M, tail * 64]
         if shared:
-            end = (last + 1) * PAGE_SIZE
-            result = softmax_attend(
-                q.flatten(1, 2).unsqueeze(1),
-                all_keys[:, :, :end],
-                all_values[:, :, :end],
-                future.flatten(0, 1).unsqueeze(0),
-            ).view(*q.shape[:3], -1)
+            key, value = (x[: (last + 1) * PAGE_SIZE].float() for x in (near.key, near.value))
+            # all blocks of the wave are rows of one product: [Hkv, N * M, T]
+            logits = q.flatten(1, 2) @ key.permute(1, 2, 0)
+            hide_future(logits, future.flatten(0, 1))
+            result = (logits.softmax(-1) @ value.transpose(0, 1)).view(*q.shape[:3], -1)
         else:
-            table = wave.table[None]
-            result = softmax_attend(q, kv.keys(table), kv.values(table), future)
+            slots = (wave.table * PAGE_SIZE).expand(kv.kv_heads, -1, -1)
+            logits = kv.scores(q, slots, PAGE_SIZE)
+            hide_future(logits, future)
+            result = kv.mix(logits.softmax(-1), slots, PAGE_SIZE)
         scatter_rows(result, wave, out)
+
+
+def hide_future(logits: Tensor, future: Tensor) -> None:
+    """logits [..., M, T]: future [..., M, F] hides some of the last F keys."""
+    logits[..., -future.shape[-1] :].masked_fill_(future, NEVER)
 
 
 def rows_of(query: Tensor, blocks: QueryBlocks, kv_heads: int) -> Tensor:
@@ -124,30 +135,3 @@ def future_keys(blocks: QueryBlocks, pages: Tensor, rows: int) -> Tensor:
     # a padding row sees its block's first key, so that its softmax is finite; it is thrown away
     row = blocks.position.where(blocks.position >= 0, blocks.page[:, None] * PAGE_SIZE)
     return key[:, None] > row.repeat_interleave(rows // row.shape[1], 1).unsqueeze(-1)
-
-
-def softmax_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future: Tensor,
-    absent: Tensor | None = None,
-    remainder: Tensor | None = None,
-    remainder_value: Tensor | None = None,
-) -> Tensor:
-    """One softmax over exact keys and pruned pages.
-
-    query [Hkv, N, M, D] scaled; key [Hkv, N, T, D]; value [Hkv, N, T, Dv]; future [N, M, F] hides
-    some of the last F keys from some rows, absent [Hkv, N, T] keys from all of them;
-    remainder [Hkv, N, M, S] logits of pruned pages, -inf for all others; remainder_value
-    [Hkv, S, Dv] -> [Hkv, N, M, Dv].
-    """
-    logits = query @ key.transpose(-1, -2)
-    logits[..., -future.shape[-1] :].masked_fill_(future, NEVER)
-    if absent is not None and bool(absent.any()):
-        logits.masked_fill_(absent.unsqueeze(-2), NEVER)
-    if remainder is None or remainder_value is None:
-        return logits.softmax(-1) @ value
-    exact = logits.shape[-1]
-    weight = torch.cat([logits, remainder], -1).softmax(-1)
-    return weight[..., :exact] @ value + weight[..., exact:] @ remainder_value.unsqueeze(1)

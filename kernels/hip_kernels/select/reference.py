@@ -81,7 +81,9 @@ def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
     if kind == "log_cosh":
         x = query.abs().unsqueeze(2) * sigma.unsqueeze(1)  # [Hkv, M, S, D]
         return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)).sum(-1)
-    quadratic = (0.5 * query.square()) @ sigma.square().transpose(1, 2)
+    # head by head, so that the squares stay in the cache
+    squares = [0.5 * q.square() @ s.square().T for q, s in zip(query, sigma, strict=True)]
+    quadratic = torch.stack(squares)
     if kind == "quadratic":
         return quadratic
     linear = query.abs() @ sigma.transpose(1, 2)
@@ -156,8 +158,7 @@ def look(
     best, places = promise.topk(wanted)
     page, part = places // count, places % count
     slots = lookup(blocks.table, page) * PAGE_SIZE + part * tokens
-    keys = kv.key_runs(slots, tokens)  # [Hkv, N, wanted * tokens, D]
-    found = (query @ keys.transpose(-1, -2)).view(heads, blocks_, -1, wanted, tokens)
+    found = kv.scores(query, slots, tokens).view(heads, blocks_, -1, wanted, tokens)
     seen = (found.logsumexp(-1) - mass).masked_fill_((best == NEVER).unsqueeze(2), NEVER)
     share = seen.new_full((*seen.shape[:3], pages * count), NEVER)
     share.scatter_(3, places.unsqueeze(2).expand_as(seen), seen)
