@@ -23,6 +23,7 @@ from hip_kernels.layout import (
     Selection,
     SparsePlan,
     Summaries,
+    products,
 )
 
 NEVER = float("-inf")
@@ -48,7 +49,7 @@ def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> Pa
     heads, blocks, rows, width = query.shape
     flat = query.reshape(heads, blocks * rows, width)
     shape = (heads, blocks, rows, -1)
-    parts = [(flat @ mean.transpose(1, 2)).view(shape) for mean in summaries.mean.unbind(1)]
+    parts = [products(flat, mean).view(shape) for mean in summaries.mean.unbind(1)]
     weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
     if remainder in ("mean", "none"):
         return PageLogits(weight, parts, None)
@@ -81,12 +82,16 @@ def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
     if kind == "log_cosh":
         x = query.abs().unsqueeze(2) * sigma.unsqueeze(1)  # [Hkv, M, S, D]
         return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)).sum(-1)
-    # head by head, so that the squares stay in the cache
-    squares = [0.5 * q.square() @ s.square().T for q, s in zip(query, sigma, strict=True)]
-    quadratic = torch.stack(squares)
+    # head by head through one buffer, so that the squares stay in the cache
+    square = torch.empty_like(sigma[:1])
+    squares = [
+        products(0.5 * q.square()[None], torch.square(s[None], out=square))
+        for q, s in zip(query, sigma, strict=True)
+    ]
+    quadratic = torch.cat(squares)
     if kind == "quadratic":
         return quadratic
-    linear = query.abs() @ sigma.transpose(1, 2)
+    linear = products(query.abs(), sigma)
     # where both are 0 so is their product: the tiny constant only keeps 0 / 0 away
     total = (quadratic + linear).add_(torch.finfo(linear.dtype).tiny)
     return quadratic.mul_(linear).div_(total)
