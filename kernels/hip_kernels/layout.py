@@ -66,32 +66,30 @@ class PagedKV:
         Returns [Hkv, N, M, K * tokens] in float32. Head by head, so that what is gathered stays
         in the cache.
         """
-        gathered = self.key.new_empty(slots[0].numel() * tokens, self.key.shape[2])
-        found = [
-            products(q, _rows(self.key, head, start, tokens, gathered))
-            for head, (q, start) in enumerate(zip(query, slots, strict=True))
-        ]
-        return torch.stack(found)
+        keys = _each_head(self.key, slots, tokens)
+        return torch.stack([products(q, key) for q, key in zip(query, keys, strict=True)])
 
     def mix(self, weight: Tensor, slots: Tensor, tokens: int) -> Tensor:
         """Weighted sums of values: weight [Hkv, N, M, K * tokens] -> [Hkv, N, M, Dv]."""
-        gathered = self.value.new_empty(slots[0].numel() * tokens, self.value.shape[2])
-        found = [
-            w @ _rows(self.value, head, start, tokens, gathered)
-            for head, (w, start) in enumerate(zip(weight, slots, strict=True))
-        ]
-        return torch.stack(found)
+        values = _each_head(self.value, slots, tokens)
+        return torch.stack([w @ value for w, value in zip(weight, values, strict=True)])
 
 
-def _rows(rows: Tensor, head: int, slots: Tensor, tokens: int, out: Tensor) -> Tensor:
-    """Runs of ``tokens`` rows of one head from slots [N, K] -> [N, K * tokens, D] in float32.
+def _each_head(rows: Tensor, slots: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Runs of ``tokens`` rows from slots [Hkv, N, K] -> a head at a time, [N, K * tokens, D].
 
-    ``out`` holds them: memory that is fresh at each call costs more than what is copied into it.
+    In float32, and overwritten by the next head's: memory that is fresh at each call costs more
+    than what is copied into it.
     """
-    heads, width = rows.shape[1], rows.shape[2]
-    index = slots.unsqueeze(-1) + torch.arange(tokens, device=slots.device)
-    torch.index_select(rows.reshape(-1, width), 0, index.flatten() * heads + head, out=out)
-    return out.view(slots.shape[0], -1, width).float()
+    heads, width = rows.shape[1:]
+    run = torch.arange(tokens, device=slots.device)
+    head = torch.arange(heads, device=slots.device).view(-1, 1, 1, 1)
+    index = ((slots.unsqueeze(-1) + run) * heads + head).flatten(1)
+    pool = rows.reshape(-1, width)
+    gathered = rows.new_empty(index.shape[1], width)
+    for each in index:
+        torch.index_select(pool, 0, each, out=gathered)
+        yield gathered.view(slots.shape[1], -1, width).float()
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

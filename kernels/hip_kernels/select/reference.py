@@ -150,12 +150,11 @@ def look(
     """
     count = len(logits.parts)
     tokens = PAGE_SIZE // count
-    promise = torch.stack(logits.parts, -1)  # [Hkv, N, M, S, L]
-    if logits.spread is not None:
-        promise = promise + logits.spread.unsqueeze(-1)
-    promise = _over_rows((promise - mass.unsqueeze(-1)).flatten(3), blocks)
-    promise = promise.view(*promise.shape[:2], -1, count)  # [Hkv, N, S, L]
-    promise = torch.stack([by_position(part, blocks) for part in promise.unbind(-1)], -1)
+    rest = mass if logits.spread is None else mass - logits.spread
+    promises = [
+        by_position(_over_rows(part - rest, blocks), blocks) for part in logits.parts
+    ]  # L x [Hkv, N, P]
+    promise = torch.stack(promises, -1)
     heads, blocks_, pages, _ = promise.shape
     closed = ~candidate_pages(blocks.page, pages, plan)  # [N, P]
     promise = promise.masked_fill_(closed[:, :, None], NEVER).flatten(2)  # [Hkv, N, P * L]
@@ -165,9 +164,11 @@ def look(
     slots = lookup(blocks.table, page) * PAGE_SIZE + part * tokens
     found = kv.scores(query, slots, tokens).view(heads, blocks_, -1, wanted, tokens)
     seen = (found.logsumexp(-1) - mass).masked_fill_((best == NEVER).unsqueeze(2), NEVER)
-    share = seen.new_full((*seen.shape[:3], pages * count), NEVER)
-    share.scatter_(3, places.unsqueeze(2).expand_as(seen), seen)
-    return _over_rows(share.view(*seen.shape[:3], pages, count).logsumexp(-1), blocks)
+    # what was read of a page adds up, in each row relative to the row's best
+    top = seen.amax(-1, keepdim=True).clamp(min=LEAST)
+    share = seen.new_zeros((*seen.shape[:3], pages))
+    share.scatter_add_(3, page.unsqueeze(2).expand_as(seen), (seen - top).exp_())
+    return _over_rows(share.log_().add_(top), blocks)
 
 
 def by_position(score: Tensor, blocks: QueryBlocks) -> Tensor:
