@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hip_sglang.provenance import accelerator, cores, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -31,10 +31,9 @@ def provenance() -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "git_sha": _git_sha(),
-        "machine": _processor(),
-        "cores": str(_cores()),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "sglang")},
+        "machine": accelerator() or processor(),
+        "cores": str(cores()),
+        **versions("torch", "triton", "sglang"),
     }
 
 
@@ -65,27 +64,3 @@ def _git_sha() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
-
-
-def _processor() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

@@ -42,6 +42,18 @@ class LayerPlan:
     def prunes(self) -> bool:
         return self.sparse_from is not None or self.sparse_decode_from is not None
 
+    def share_read(self, visible_pages: int, exact_pages: float) -> float:
+        """The share of the KV that a sparse decode step reads, in bytes.
+
+        It reads keys and values of the exact pages, keys for the second look, and the summaries
+        of every visible page: those that lie before the page that the token stands in.
+        """
+        remainder = self.pages.remainder
+        rows = self.means + (remainder != "none") + (remainder not in ("none", "mean"))
+        looked = min(self.pages.second_look * self.pages.budget_pages, visible_pages)
+        read = (2 * exact_pages + looked) * PAGE_SIZE + rows * visible_pages
+        return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
+
 
 class HipConfig(BaseModel):
     """How HiP attention prunes. Token counts are rounded up to whole pages of 64."""

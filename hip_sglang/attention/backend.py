@@ -95,5 +95,5 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         for blocks in plan.blocks(layer_plan):
             selection = attend(query, kv, summaries, blocks, layer_plan.pages, layer.scaling, out)
             if self.trace is not None and selection is not None:
-                self.trace.write(layer.layer_id, plan, blocks, selection)
+                self.trace.write(layer.layer_id, layer_plan, plan, blocks, selection)
         return out.flatten(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from hip_kernels.layout import QueryBlocks, Selection
 
 from hip_sglang.attention.plan import ForwardPlan
+from hip_sglang.config import LayerPlan
 
 
 class SelectionTrace:
@@ -23,7 +24,12 @@ class SelectionTrace:
         self._file = path.with_name(name).open("a", encoding="utf-8")
 
     def write(
-        self, layer_id: int, plan: ForwardPlan, blocks: QueryBlocks, selection: Selection
+        self,
+        layer_id: int,
+        layer: LayerPlan,
+        plan: ForwardPlan,
+        blocks: QueryBlocks,
+        selection: Selection,
     ) -> None:
         if blocks.tokens.shape[1] != 1:  # a prefill block
             return
@@ -32,18 +38,20 @@ class SelectionTrace:
             rows += length - prefix
             ends.append(rows - 1)
         owner = {token: request for request, token in enumerate(ends)}
+        exact = (selection.pages >= 0).sum(-1).float().mean(-1).tolist()
         for n, token in enumerate(blocks.tokens[:, 0].tolist()):
             request = owner[token]
+            visible = int(blocks.page[n])
             chosen = [[p for p in head if p >= 0] for head in selection.chosen[n].tolist()]
             record = {
                 "rid": plan.request_ids[request] if plan.request_ids else "",
                 "layer": layer_id,
                 "position": int(blocks.position[n, 0]),
-                "visible_pages": int(blocks.page[n]),
+                "visible_pages": visible,
                 "sink_pages": selection.sink_pages,
                 "window_pages": selection.window_pages,
                 "chosen": chosen,
-                "budget_pages": selection.chosen.shape[-1],
+                "kv_read_share": round(layer.share_read(visible, exact[n]), 6),
             }
             self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -113,9 +113,7 @@ def _title(answers: Sequence[Answer], trace: Mapping[str, Sequence[DecodeStep]])
     if not asked:
         return f"{right} of {len(answers)} quotes continued; every page was attended"
     share = sum(step.share_read for step in asked) / len(asked)
-    return (
-        f"{right} of {len(answers)} quotes continued, reading {share:.1%} of the pages at each step"
-    )
+    return f"{right} of {len(answers)} quotes continued, reading {share:.1%} of the KV at each step"
 
 
 def _legend(heads: int) -> list[Patch | Line2D]:

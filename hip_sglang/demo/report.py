@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from hip_sglang.demo.program import Answer, Speed
+from hip_sglang.provenance import accelerator, cores, memory_gib, processor, versions
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class RunResult:
     boot_s: float
     speed: Speed
     answers: tuple[Answer, ...]
-    kv_read_share: float = 1.0  # of the pages, in a decode step
+    kv_read_share: float = 1.0  # in a decode step, summaries included
 
     @property
     def right(self) -> int:
@@ -89,37 +87,16 @@ class DemoReport:
 
 def provenance() -> dict[str, Any]:
     """The versions and the machine that the numbers belong to."""
-    packages = ("hip-sglang", "sglang", "torch", "transformers")
     return {
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": versions("hip-sglang", "sglang", "torch", "transformers"),
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(_memory_bytes() / 2**30, 1),
-            "accelerator": _accelerator(),
+            "processor": processor(),
+            "cores": cores(),
+            "memory_gib": round(memory_gib(), 1),
+            "accelerator": accelerator(),
         },
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _accelerator() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _quotes_table(runs: Sequence[RunResult]) -> Table:

@@ -20,13 +20,7 @@ class DecodeStep:
     sink_pages: int
     window_pages: int
     chosen: tuple[frozenset[int], ...]  # per KV head
-
-    @property
-    def share_read(self) -> float:
-        """The share of the pages, the token's own included, whose keys and values were read."""
-        fixed = self.sink_pages + self.window_pages + 1
-        read = sum(fixed + len(pages) for pages in self.chosen) / len(self.chosen)
-        return min(1.0, read / (self.visible_pages + 1))
+    share_read: float  # of the KV, with the summaries and the second look
 
 
 def read_trace(path: Path) -> dict[str, list[DecodeStep]]:
@@ -43,11 +37,12 @@ def read_trace(path: Path) -> dict[str, list[DecodeStep]]:
             sink_pages=record["sink_pages"],
             window_pages=record["window_pages"],
             chosen=tuple(frozenset(pages) for pages in record["chosen"]),
+            share_read=record["kv_read_share"],
         )
         steps.setdefault(record["rid"], []).append(step)
     return steps
 
 
 def mean_share_read(steps: Sequence[DecodeStep]) -> float:
-    """The mean over steps, layers and KV heads; 1 where nothing was pruned."""
+    """The mean over steps and layers; 1 where nothing was pruned."""
     return sum(step.share_read for step in steps) / len(steps) if steps else 1.0

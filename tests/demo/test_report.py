@@ -46,7 +46,7 @@ def step(rid: str, layer: int, chosen: list[list[int]]) -> dict[str, Any]:
         "sink_pages": 1,
         "window_pages": 16,
         "chosen": chosen,
-        "budget_pages": 32,
+        "kv_read_share": 0.125 if layer else 0.075,
     }
 
 
@@ -71,9 +71,8 @@ def test_a_trace_is_read_by_request(trace_file: Path) -> None:
     first = trace["r0"]
     assert [s.layer for s in first] == [0, 0, 0, 1, 1, 1]
     assert first[0].chosen[1] == frozenset(range(100, 132))
-    # 1 + 16 + 1 pages always, 16 and 32 chosen, of 1024
-    assert first[0].share_read == pytest.approx((18 + 24) / 1024)
-    assert mean_share_read(first) == first[0].share_read
+    assert first[0].share_read == 0.075
+    assert mean_share_read(first) == pytest.approx(0.1)
 
 
 def test_where_nothing_is_pruned_everything_is_read(tmp_path: Path) -> None:

@@ -52,6 +52,16 @@ def test_token_counts_are_rounded_up_to_pages():
     assert (pages.sink_pages, pages.window_pages, pages.budget_pages) == (1, 2, 3)
 
 
+def test_the_share_read_counts_summaries_and_the_second_look():
+    plan = HipConfig.load(None).layer_plan(0)
+    # 50 pages of keys and values, 64 of keys; 4 means, 1 deviation and 1 value of 1023 pages
+    rows = 50 * 128 + 64 * 64 + 6 * 1023
+    assert plan.share_read(1023, 50) == pytest.approx(rows / (128 * 1024))
+    assert plan.share_read(10, 11) == 1
+    plain = HipConfig.load('{"second_look": 0, "remainder": "none"}').layer_plan(0)
+    assert plain.share_read(1023, 50) == pytest.approx((50 * 128 + 4 * 1023) / (128 * 1024))
+
+
 def test_no_sink_is_a_choice():
     assert HipConfig.load('{"sink": 0}').layer_plan(3).pages.sink_pages == 0
 
