@@ -17,7 +17,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo check test soak lint type bench lock clean
+.PHONY: help setup demo check test soak lint type bench numbers lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ type: setup ## mypy, strict, on the three packages
 
 bench: setup ## attention on this machine against dense, quickly
 	$(BIN)/hip-sglang bench attention --context 32768 --json
+
+numbers: setup ## rewrite docs/numbers.md and the README's table from benchmarks/results/
+	$(BIN)/python scripts/numbers.py
 
 lock: setup ## rewrite requirements/lock.txt from a working .venv
 	scripts/lock.sh

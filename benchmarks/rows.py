@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hip_sglang.provenance import accelerator, cores, processor, versions
+from hip_sglang.provenance import accelerator, cores, git_sha, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -30,7 +29,7 @@ def provenance() -> dict[str, str]:
     """When, which code, and on what."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "git_sha": _git_sha(),
+        "git_sha": git_sha(RESULTS.parent.parent),
         "machine": accelerator() or processor(),
         "cores": str(cores()),
         **versions("torch", "triton", "sglang"),
@@ -52,15 +51,3 @@ def save(bench: str, config: dict[str, Any], metrics: dict[str, tuple[str, list[
             row = {**origin, "bench": bench, "config": json.dumps(config), "metric": metric}
             writer.writerow({**row, "unit": unit, "p20": p20, "p50": p50, "p80": p80})
     return path
-
-
-def _git_sha() -> str:
-    """The commit, with a + where the tree has changes beside results."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+
+from hip_sglang.provenance import cores, git_sha, processor, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "benchmarks" / "results" / "soak.csv"
@@ -40,12 +39,10 @@ def row(results: Path, seconds: float) -> dict[str, str]:
     failed = count["failures"] + count["errors"]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "git_sha": git_sha(),
-        "cpu": cpu_model(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "sglang": version("sglang"),
+        "git_sha": git_sha(ROOT),
+        "cpu": processor(),
+        "cores": str(cores()),
+        **versions("torch", "sglang"),
         "passed": str(count["tests"] - failed - count["skipped"]),
         "failed": str(failed),
         "skipped": str(count["skipped"]),
@@ -62,20 +59,6 @@ def append(report: Path, values: dict[str, str]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(values)
-
-
-def git_sha() -> str:
-    """The commit that was tested, marked when the tree differs from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_model() -> str:
-    """The processor as the kernel names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":
