@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hip_sglang.runtime import doors, host_platform
+from hip_sglang.runtime import doors, host_platform, request_checks
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ HOOKS = (
         "sglang.srt.mem_cache.allocation.get_last_loc",
         _get_last_loc,
         "chooses a Triton kernel by the backend's name, with a list of its own",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        request_checks.validate_one_request,
+        "lets token ids through that no row of the embedding has, and the scheduler dies of them",
     ),
 )
 

@@ -1,0 +1,96 @@
+"""Requests that are wrong, late or rude: each gets its answer, and the server lives."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Serve, Server
+from tests.server.test_serving import prompt
+from tests.tiny_llama import VOCABULARY
+
+pytestmark = pytest.mark.server
+
+CONTEXT = 32768
+
+
+@pytest.fixture
+def server(serve: Serve) -> Server:
+    return serve()
+
+
+def post(server: Server, **body: Any) -> httpx.Response:
+    # not httpx's own JSON, which refuses NaN before the server can
+    return httpx.post(
+        f"{server.url}/generate",
+        content=json.dumps(body),
+        headers={"Content-Type": "application/json"},
+        timeout=120,
+    )
+
+
+BAD_REQUESTS = {
+    "token past the vocabulary": {"input_ids": [1, VOCABULARY]},
+    "negative token": {"input_ids": [-1, 5]},
+    "huge token": {"input_ids": [2**40]},
+    "token that is a word": {"input_ids": [1, "two"]},
+    "one of a batch": {"input_ids": [[1, 2], [3, VOCABULARY]]},
+    "no tokens": {"input_ids": []},
+    "a prompt of the whole context": {"input_ids": [1] * CONTEXT},
+    "temperature NaN": {"input_ids": [1], "sampling_params": {"temperature": float("nan")}},
+    "stop token past the vocabulary": {
+        "input_ids": [1],
+        "sampling_params": {"stop_token_ids": [VOCABULARY], "min_new_tokens": 2},
+    },
+    "bias NaN": {"input_ids": [1], "sampling_params": {"logit_bias": {"5": float("nan")}}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_and_the_server_lives(server: Server, name: str) -> None:
+    answer = post(server, **BAD_REQUESTS[name])
+    assert 400 <= answer.status_code < 500, answer.text
+    assert len(server.generate([1, 2, 3], 4)["output_ids"]) == 4
+
+
+def test_what_is_wrong_is_said(server: Server) -> None:
+    text = post(server, input_ids=[1, VOCABULARY]).text
+    assert f"input_ids[1] = {VOCABULARY} is not a token of this model" in text
+    assert f"from 0 to {VOCABULARY - 1}" in text
+
+
+def test_clients_that_hang_up_do_no_harm(server: Server) -> None:
+    expected = server.generate(prompt(700, seed=9))["output_ids"]
+    body = json.dumps(
+        {"input_ids": prompt(6000, seed=8), "sampling_params": {"max_new_tokens": 2000}}
+    ).encode()
+    head = (
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n"
+    )
+
+    def hang_up(_: int) -> None:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head + body)
+            time.sleep(0.5)
+
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(hang_up, range(32)))
+    assert server.generate(prompt(700, seed=9))["output_ids"] == expected
+    # aborted requests give their tokens back
+    deadline = time.monotonic() + 60
+    while server_is_busy(server):
+        assert time.monotonic() < deadline, "requests of absent clients still run"
+        time.sleep(0.5)
+
+
+def server_is_busy(server: Server) -> bool:
+    loads = httpx.get(f"{server.url}/v1/loads", timeout=30).json()["loads"]
+    return any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
