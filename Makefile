@@ -48,7 +48,7 @@ bench: setup ## attention on this machine against dense, quickly
 	$(BIN)/hip-sglang bench attention --context 32768 --json
 
 numbers: setup ## rewrite docs/numbers.md and the README's table from benchmarks/results/
-	$(BIN)/python scripts/numbers.py
+	$(BIN)/python scripts/write_numbers.py
 
 lock: setup ## rewrite requirements/lock.txt from a working .venv
 	scripts/lock.sh
