@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hip_kernels.layout import PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan, Strategy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Preset = Literal["balanced", "quality", "dense"]
+Preset = Literal["balanced", "quality", "dense", "paper"]
 Phase = Literal["sparse", "dense"]
 Tokens = Annotated[int, Field(strict=True)]
 
-# what a preset decides about the two phases: (prefill, decode)
-PRESETS: dict[str, tuple[Phase, Phase]] = {
-    "balanced": ("sparse", "sparse"),
-    "quality": ("dense", "sparse"),
-    "dense": ("dense", "dense"),
+# what a preset decides where nothing else is said
+PRESETS: dict[str, dict[str, str]] = {
+    "balanced": {"prefill": "sparse", "decode": "sparse"},
+    "quality": {"prefill": "dense", "decode": "sparse"},
+    "dense": {"prefill": "dense", "decode": "dense"},
+    "paper": {"prefill": "sparse", "decode": "sparse", "strategy": "tree", "remainder": "none"},
 }
 
 
@@ -45,13 +46,18 @@ class LayerPlan:
     def share_read(self, visible_pages: int, exact_pages: float) -> float:
         """The share of the KV that a sparse decode step reads, in bytes.
 
-        It reads keys and values of the exact pages, keys for the second look, and the summaries
-        of every visible page: those that lie before the page that the token stands in.
+        It reads keys and values of the exact pages, the keys that the search looks at, and the
+        summaries of every visible page: those before the page that the token stands in.
         """
-        remainder = self.pages.remainder
-        rows = self.means + (remainder != "none") + (remainder not in ("none", "mean"))
-        looked = min(self.pages.second_look * self.pages.budget_pages, visible_pages)
-        read = (2 * exact_pages + looked) * PAGE_SIZE + rows * visible_pages
+        remainder, budget = self.pages.remainder, self.pages.budget_pages
+        rows = 0
+        if self.pages.reads_summaries:
+            rows = self.means + (remainder != "none") + (remainder not in ("none", "mean"))
+        if self.pages.strategy == "tree":
+            looked = 2 * budget * max(0, -(-visible_pages // budget) - 1).bit_length()
+        else:
+            looked = min(self.pages.second_look * budget, visible_pages) * PAGE_SIZE
+        read = 2 * exact_pages * PAGE_SIZE + looked + rows * visible_pages
         return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
 
 
@@ -63,7 +69,8 @@ class HipConfig(BaseModel):
     preset: Preset = Field(
         default="balanced",
         description="balanced: both phases sparse; quality: dense prefill, sparse decode; "
-        "dense: nothing is pruned. A key given explicitly overrides its preset.",
+        "dense: nothing is pruned; paper: HiP's own search, what is pruned is dropped. A key given "
+        "explicitly overrides its preset.",
     )
     prefill: Phase = Field(
         default="sparse", description="whether prompts are read sparsely; set by the preset"
@@ -88,6 +95,11 @@ class HipConfig(BaseModel):
     dense_threshold: Tokens = Field(
         default=8192, ge=0, description="a query at a position below this attends to everything"
     )
+    strategy: Strategy = Field(
+        default="summary",
+        description="summary chooses pages by what they are estimated to weigh; tree is HiP's "
+        "published search by single real keys, without a second look",
+    )
     sub_page_means: bool = Field(
         default=True,
         strict=True,
@@ -111,11 +123,9 @@ class HipConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _phases_follow_the_preset(cls, given: Any) -> Any:
+    def _what_the_preset_decides(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            phases = PRESETS.get(str(given.get("preset", "balanced")))
-            if phases is not None:
-                return {"prefill": phases[0], "decode": phases[1], **given}
+            return {**PRESETS.get(str(given.get("preset", "balanced")), {}), **given}
         return given
 
     @field_validator("sink", "window", "budget")
@@ -159,6 +169,7 @@ class HipConfig(BaseModel):
             budget_pages=self.budget // PAGE_SIZE,
             remainder=self.remainder,
             second_look=self.second_look,
+            strategy=self.strategy,
         )
         # where the exact pages hold all of the context, pruning would keep everything
         start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)

@@ -34,7 +34,8 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
     group.add_argument(
         "--hip-preset",
         metavar="NAME",
-        help="balanced (default), quality (dense prefill) or dense (nothing pruned).",
+        help="balanced (default), quality (dense prefill), dense (nothing pruned) or paper (HiP as "
+        "published).",
     )
 
 

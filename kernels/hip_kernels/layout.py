@@ -18,6 +18,7 @@ PAGE_SIZE = 64
 SUB_PAGES = 4
 FEW_ROWS = 16
 
+Strategy = Literal["summary", "tree"]
 Remainder = Literal["harmonic", "log_cosh", "quadratic", "mean", "none"]
 
 
@@ -30,11 +31,16 @@ class SparsePlan:
     budget_pages: int = 32
     remainder: Remainder = "harmonic"
     second_look: int = 0  # decode: choose by real keys, of this many times the budget
+    strategy: Strategy = "summary"  # tree: HiP as published, which never looks at summaries
 
     @property
     def exact_pages(self) -> int:
         """The most pages that one query block attends exactly, its own page included."""
         return self.sink_pages + self.budget_pages + self.window_pages + 1
+
+    @property
+    def reads_summaries(self) -> bool:
+        return self.strategy == "summary" or self.remainder != "none"
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,8 @@ class Head:
         window = set(range(max(0, page - plan.window_pages), page + 1))
         rest = [p for p in range(page) if p not in sink | window]
         rows = block.flatten(0, 1)
+        if plan.strategy == "tree":
+            return sink | window | self.searched(rows, page, plan)
         logits = [[self.pruned_logit(q, p, plan) for p in range(page)] for q in rows]
         mass = torch.tensor(logits, dtype=torch.float64).view(len(rows), page).logsumexp(1)
 
@@ -197,6 +199,25 @@ class Head:
 
         chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
         return sink | window | set(chosen)
+
+    def searched(self, rows: Tensor, page: int, plan: SparsePlan) -> set[int]:
+        """HiP's search: halve every chunk, keep the halves whose centre tokens score best."""
+        beam, low = plan.budget_pages, plan.sink_pages
+        between = max(0, page - plan.window_pages - low)
+        edges = [low + i * between // beam for i in range(beam + 1)]
+        chunks = list(itertools.pairwise(edges))
+
+        def score(half: tuple[int, int]) -> float:
+            first, last = half[0] * PAGE_SIZE, half[1] * PAGE_SIZE
+            return float((rows @ self.key[(first + last) // 2]).max())
+
+        while any(end - start > 1 for start, end in chunks):
+            halves = []
+            for start, end in chunks:
+                middle = (start + end) // 2
+                halves += [half for half in ((start, middle), (middle, end)) if half[0] < half[1]]
+            chunks = sorted(halves, key=score)[-beam:]
+        return {start for start, end in chunks if start < end}
 
     @cache  # noqa: B019 - a head lives as long as its test
     def summary(self, page: int) -> tuple[Tensor, Tensor]:

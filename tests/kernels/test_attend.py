@@ -52,6 +52,20 @@ def test_a_mixed_batch_equals_plain_loops(
     torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("remainder", ["none", "harmonic"])
+@pytest.mark.parametrize("budget", [1, 3])
+def test_the_published_search_equals_plain_loops(remainder: Remainder, budget: int) -> None:
+    plan = SparsePlan(1, 2, budget, remainder, strategy="tree")
+    # from fewer pages than the budget to four halvings
+    shapes = [(1800, 1), (700, 1), (450, 70), (0, 9), (200, 1), (330, 150)]
+    requests = make_requests(shapes, heads=2, width=24, value_width=40, seed=budget)
+    query = queries(requests, 6, 24)
+    limits = {"sparse_from": 0, "sparse_decode_from": 0}
+    found = run(requests, query, plan, **limits)
+    reference = expected(requests, query, plan, **limits)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 300)), min_size=1, max_size=4),

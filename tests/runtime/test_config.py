@@ -40,6 +40,14 @@ def test_a_preset_decides_about_both_phases(preset, prefill, decode):
         assert (plan.sparse_decode_from is not None) == (decode == "sparse")
 
 
+def test_the_paper_preset_searches_and_drops():
+    plan = HipConfig.load(None, "paper").layer_plan(0)
+    assert (plan.pages.strategy, plan.pages.remainder) == ("tree", "none")
+    assert (plan.sparse_from, plan.sparse_decode_from) == (8192, 8192)
+    # 32 chunks of 1,023 pages take five halvings, and nothing reads a summary
+    assert plan.share_read(1023, 50) == pytest.approx((2 * 50 * 64 + 64 * 5) / (128 * 1024))
+
+
 def test_an_explicit_key_overrides_the_preset():
     config = HipConfig.load('{"preset": "dense", "decode": "sparse"}')
     assert (config.prefill, config.decode) == ("dense", "sparse")
@@ -102,7 +110,7 @@ def test_every_key_is_documented_in_the_schema():
         ('{"window": "wide"}', "window='wide' is not a whole number"),
         ('{"sink": true}', "sink=True is not a whole number"),
         ('{"sub_page_means": 1}', "sub_page_means=1 is neither true nor false"),
-        ('{"preset": "fast"}', "preset='fast' is not known; choose 'balanced', 'quality' or"),
+        ('{"preset": "fast"}', "preset='fast' is not known; choose 'balanced', 'quality', "),
         ('{"prefill": "off"}', "prefill='off' is not known; choose 'sparse' or 'dense'"),
         ('{"remainder": "x"}', "remainder='x' is not known; choose 'harmonic'"),
         ('{"trace": 4}', "trace=4"),
@@ -142,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_unknown_preset_of_the_flag_lists_the_presets():
-    assert "choose 'balanced', 'quality' or 'dense'" in complaint(None, "fast")
+    assert "choose 'balanced', 'quality', 'dense' or 'paper'" in complaint(None, "fast")
 
 
 def test_two_presets_that_contradict_are_an_error():

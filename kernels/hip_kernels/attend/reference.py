@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
-from hip_kernels.select.reference import NEVER, context_mask, lookup, mark, page_logits, select
+from hip_kernels.select.reference import (
+    NEVER,
+    context_mask,
+    lookup,
+    mark,
+    page_logits,
+    select,
+    with_fixed_pages,
+)
+from hip_kernels.select.tree import search
 
 # logits that a wave of query blocks may hold in scratch, over the rows of one KV head
 WAVE_LOGITS = 1 << 23
@@ -55,12 +64,17 @@ def attend_sparse(
     for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
         assert wave.local is not None
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
-        logits = page_logits(q, near, plan.remainder)
         context = context_mask(wave, near.pages)
-        selection = select(q, logits, kv, wave, context, plan)
+        logits = page_logits(q, near, plan.remainder) if plan.reads_summaries else None
+        if plan.strategy == "tree":
+            found = search(q, kv, wave, plan).transpose(0, 1)
+            selection = with_fixed_pages(found, wave.page, plan)
+        else:
+            assert logits is not None
+            selection = select(q, logits, kv, wave, context, plan)
         pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
         remainder = None
-        if plan.remainder != "none":
+        if logits is not None and plan.remainder != "none":
             pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
             remainder = logits.page.masked_fill_(~pruned.unsqueeze(2), NEVER)
         slots = lookup(wave.table, pages) * PAGE_SIZE

@@ -131,7 +131,7 @@ def select(
     if plan.second_look and blocks.tokens.shape[1] == 1:
         score = look(query, logits, mass, kv, blocks, plan)
     else:
-        score = by_position(_over_rows(visible.sub_(mass), blocks), blocks)
+        score = by_position(best_of_rows(visible.sub_(mass), blocks), blocks)
     return choose(score.transpose(0, 1), blocks.page, plan)
 
 
@@ -152,7 +152,7 @@ def look(
     tokens = PAGE_SIZE // count
     rest = mass if logits.spread is None else mass - logits.spread
     promises = [
-        by_position(_over_rows(part - rest, blocks), blocks) for part in logits.parts
+        by_position(best_of_rows(part - rest, blocks), blocks) for part in logits.parts
     ]  # L x [Hkv, N, P]
     promise = torch.stack(promises, -1)
     heads, blocks_, pages, _ = promise.shape
@@ -168,7 +168,7 @@ def look(
     top = seen.amax(-1, keepdim=True).clamp(min=LEAST)
     share = seen.new_zeros((*seen.shape[:3], pages))
     share.scatter_add_(3, page.unsqueeze(2).expand_as(seen), (seen - top).exp_())
-    return _over_rows(share.log_().add_(top), blocks)
+    return best_of_rows(share.log_().add_(top), blocks)
 
 
 def by_position(score: Tensor, blocks: QueryBlocks) -> Tensor:
@@ -177,7 +177,7 @@ def by_position(score: Tensor, blocks: QueryBlocks) -> Tensor:
     return score.gather(2, blocks.local.table.expand(*score.shape[:2], -1))
 
 
-def _over_rows(share: Tensor, blocks: QueryBlocks) -> Tensor:
+def best_of_rows(share: Tensor, blocks: QueryBlocks) -> Tensor:
     """share [Hkv, N, M, S] (overwritten) -> [Hkv, N, S], the best of the real rows."""
     padding = blocks.position < 0  # [N, R]
     if bool(padding.any()):
@@ -201,15 +201,20 @@ def choose(score: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
     chosen = chosen.where(candidate.gather(2, chosen), pages).sort(-1).values
     chosen = chosen.where(chosen < pages, -1)
     chosen = pad(chosen, (0, plan.budget_pages - chosen.shape[-1]), value=-1)
-    sink = torch.arange(plan.sink_pages, device=score.device)
+    return with_fixed_pages(chosen, page, plan)
+
+
+def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
+    """chosen [N, Hkv, budget], page [N] of the block -> sink, chosen, window, own."""
+    sink = torch.arange(plan.sink_pages, device=chosen.device)
     sink = sink.where(sink < page[:, None], -1)  # [N, sinks]
-    window = page[:, None] - torch.arange(plan.window_pages, -1, -1, device=score.device)
+    window = page[:, None] - torch.arange(plan.window_pages, -1, -1, device=chosen.device)
     # a block inside the sink still attends to its own page
     inside = (window >= plan.sink_pages) | (window == page[:, None])
     window = window.where(inside, -1)  # [N, window + 1]
 
     def each_head(pages: Tensor) -> Tensor:
-        return pages[:, None].expand(-1, heads, -1)
+        return pages[:, None].expand(-1, chosen.shape[1], -1)
 
     found = torch.cat([each_head(sink), chosen, each_head(window)], -1)
     return Selection(found, plan.sink_pages, plan.window_pages)
