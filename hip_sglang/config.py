@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 Preset = Literal["balanced", "quality", "dense", "paper"]
 Phase = Literal["sparse", "dense"]
 Tokens = Annotated[int, Field(strict=True)]
+Layer = Annotated[int, Field(strict=True, ge=0)]
 
 # what a preset decides where nothing else is said
 PRESETS: dict[str, dict[str, str]] = {
@@ -95,6 +96,9 @@ class HipConfig(BaseModel):
     dense_threshold: Tokens = Field(
         default=8192, ge=0, description="a query at a position below this attends to everything"
     )
+    dense_layers: tuple[Layer, ...] = Field(
+        default=(), description="layers that never prune, by number; the first is 0"
+    )
     strategy: Strategy = Field(
         default="summary",
         description="summary chooses pages by what they are estimated to weigh; tree is HiP's "
@@ -162,7 +166,7 @@ class HipConfig(BaseModel):
             raise ConfigError(origin + problems) from None
 
     def layer_plan(self, layer_id: int) -> LayerPlan:
-        """The settings of one layer, in pages; today every layer has the same."""
+        """The settings of one layer, in pages."""
         pages = SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
@@ -173,11 +177,12 @@ class HipConfig(BaseModel):
         )
         # where the exact pages hold all of the context, pruning would keep everything
         start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
+        dense = layer_id in self.dense_layers
         return LayerPlan(
             pages=pages,
             means=SUB_PAGES if self.sub_page_means else 1,
-            sparse_from=start if self.prefill == "sparse" else None,
-            sparse_decode_from=start if self.decode == "sparse" else None,
+            sparse_from=None if dense or self.prefill == "dense" else start,
+            sparse_decode_from=None if dense or self.decode == "dense" else start,
         )
 
 

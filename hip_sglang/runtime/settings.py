@@ -14,7 +14,7 @@ import torch
 from hip_kernels.layout import PAGE_SIZE, SUB_PAGES
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
-from hip_sglang.runtime import host_platform
+from hip_sglang.runtime import doors, host_platform
 from hip_sglang.runtime.requirements import BACKEND, UnsupportedError
 
 MAX_RUNNING_REQUESTS = 256
@@ -69,6 +69,12 @@ def settle_host(server_args: Any) -> None:
 def settle_backend(server_args: Any) -> None:
     """For hip_attention: its page size, and no more request rows than a long context allows."""
     cfg = resolving_view(server_args)
+    layers = model_config_of(cfg).num_hidden_layers
+    if absent := [n for n in doors.config_of(server_args).dense_layers if n >= layers]:
+        raise UnsupportedError(
+            f"dense_layers names layer {absent[0]}, but this model's are 0 to {layers - 1}; "
+            "take it out"
+        )
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))

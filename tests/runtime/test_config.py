@@ -48,6 +48,17 @@ def test_the_paper_preset_searches_and_drops():
     assert plan.share_read(1023, 50) == pytest.approx((2 * 50 * 64 + 64 * 5) / (128 * 1024))
 
 
+def test_dense_layers_never_prune():
+    config = HipConfig.load('{"dense_layers": [0, 3]}')
+    assert [config.layer_plan(layer).prunes for layer in range(5)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
 def test_an_explicit_key_overrides_the_preset():
     config = HipConfig.load('{"preset": "dense", "decode": "sparse"}')
     assert (config.prefill, config.decode) == ("dense", "sparse")
@@ -107,6 +118,7 @@ def test_every_key_is_documented_in_the_schema():
         ('{"budget": 63}', "budget=63 is too small; set budget to 64 (one page of 64 tokens)"),
         ('{"window": 0}', "window=0 is too small; set window to 1 or more"),
         ('{"sink": -1}', "sink=-1 is too small; set sink to 0 or more"),
+        ('{"dense_layers": [-1]}', "dense_layers.0=-1 is too small"),
         ('{"window": "wide"}', "window='wide' is not a whole number"),
         ('{"sink": true}', "sink=True is not a whole number"),
         ('{"sub_page_means": 1}', "sub_page_means=1 is neither true nor false"),

@@ -146,6 +146,7 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--decode-attention-backend", "triton"], "prefill=hip_attention with decode=triton"),
         (["--prefill-attention-backend", "torch_native"], "must serve both phases"),
         (["--tp-size", "4"], "--tp-size 4 is more than the 2 KV heads"),
+        (["--hip-config", '{"dense_layers": [0, 99]}'], "dense_layers names layer 99, but this"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
