@@ -134,13 +134,13 @@ def expected(
                 group_heads = slice(head * group, (head + 1) * group)
                 block = mine[low - request.prefix : high - request.prefix, group_heads]
                 single = high - low == 1
-                exact = (
-                    one.exact_pages(block, page, plan, single) if prune else set(range(page + 1))
-                )
+                exact, read = set(range(page + 1)), []
+                if prune:
+                    exact, read = one.exact_pages(block, page, plan, single)
                 for t in range(low, high):
                     for g in range(group):
                         result[t - request.prefix, head * group + g] = one.attend(
-                            block[t - low, g], t, exact, plan
+                            block[t - low, g], t, exact, read, plan
                         )
         outputs.append(result)
     return torch.cat(outputs)
@@ -164,14 +164,16 @@ class Head:
     value: Tensor  # [T, Dv]
     means: int  # sub-pages a page
 
-    def exact_pages(self, block: Tensor, page: int, plan: SparsePlan, single: bool) -> set[int]:
-        """block [R, G, D]: sink, window, own page, and the best of the rest."""
+    def exact_pages(
+        self, block: Tensor, page: int, plan: SparsePlan, single: bool
+    ) -> tuple[set[int], list[tuple[int, int]]]:
+        """block [R, G, D]: sink, window, own page, and the best of the rest; sub-pages read."""
         sink = set(range(min(plan.sink_pages, page)))
         window = set(range(max(0, page - plan.window_pages), page + 1))
         rest = [p for p in range(page) if p not in sink | window]
         rows = block.flatten(0, 1)
         if plan.strategy == "tree":
-            return sink | window | self.searched(rows, page, plan)
+            return sink | window | self.searched(rows, page, plan), []
         logits = [[self.pruned_logit(q, p, plan) for p in range(page)] for q in rows]
         mass = torch.tensor(logits, dtype=torch.float64).view(len(rows), page).logsumexp(1)
 
@@ -182,23 +184,37 @@ class Head:
             return share(lambda q: self.pruned_logit(q, p, plan))
 
         if not (single and plan.second_look):
-            return sink | window | set(sorted(rest, key=estimated)[-plan.budget_pages :])
+            return sink | window | set(sorted(rest, key=estimated)[-plan.budget_pages :]), []
 
         def promise(place: tuple[int, int]) -> float:
-            p, part = place
-            means, sigma = self.summary(p)
-            return share(lambda q: float(q @ means[part]) + self.spread(q, sigma, plan))
+            return share(lambda q: self.sub_page_logit(q, place, plan))
 
         places = sorted(((p, part) for p in rest for part in range(self.means)), key=promise)
         read = places[-plan.second_look * plan.budget_pages * self.means :]
 
         def true(p: int) -> float:
-            parts = self.key[p * PAGE_SIZE : (p + 1) * PAGE_SIZE].chunk(self.means)
-            keys = torch.cat([parts[part] for page, part in read if page == p])
+            keys = torch.cat([self.sub_page(place) for place in read if place[0] == p])
             return share(lambda q: float((keys @ q).logsumexp(0)))
 
         chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
-        return sink | window | set(chosen)
+        return sink | window | set(chosen), read
+
+    def sub_page(self, place: tuple[int, int]) -> Tensor:
+        page, part = place
+        return self.key[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].chunk(self.means)[part]
+
+    def sub_page_logit(self, q: Tensor, place: tuple[int, int], plan: SparsePlan) -> float:
+        means, sigma = self.summary(place[0])
+        size = math.log(PAGE_SIZE / self.means)
+        return float(q @ means[place[1]]) + self.spread(q, sigma, plan) + size
+
+    def correction(self, q: Tensor, read: list[tuple[int, int]], plan: SparsePlan) -> float:
+        """How much too high the estimates of the sub-pages were that were read, at least 0."""
+        wrong = [
+            float((self.sub_page(place) @ q).logsumexp(0)) - self.sub_page_logit(q, place, plan)
+            for place in read
+        ]
+        return min(0.0, sum(wrong) / len(wrong)) if wrong else 0.0
 
     def searched(self, rows: Tensor, page: int, plan: SparsePlan) -> set[int]:
         """HiP's search: halve every chunk, keep the halves whose centre tokens score best."""
@@ -243,15 +259,18 @@ class Head:
             return quadratic * linear / (quadratic + linear) if quadratic + linear else 0.0
         return 0.0
 
-    def attend(self, q: Tensor, t: int, exact: set[int], plan: SparsePlan) -> Tensor:
+    def attend(
+        self, q: Tensor, t: int, exact: set[int], read: list[tuple[int, int]], plan: SparsePlan
+    ) -> Tensor:
         logits, values = [], []
+        correction = self.correction(q, read, plan)
         for page in range(t // PAGE_SIZE + 1):
             span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
             if page in exact:
                 logits += [float(q @ k) for k in self.key[span]]
                 values += list(self.value[span])
             elif plan.remainder != "none":
-                logits.append(self.pruned_logit(q, page, plan))
+                logits.append(self.pruned_logit(q, page, plan) + correction)
                 values.append(self.value[span].mean(0))
         weight = torch.tensor(logits, dtype=torch.float64).softmax(0)
         return weight @ torch.stack(values)

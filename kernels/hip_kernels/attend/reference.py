@@ -66,17 +66,20 @@ def attend_sparse(
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
         context = context_mask(wave, near.pages)
         logits = page_logits(q, near, plan.remainder) if plan.reads_summaries else None
+        correction = None
         if plan.strategy == "tree":
             found = search(q, kv, wave, plan).transpose(0, 1)
             selection = with_fixed_pages(found, wave.page, plan)
         else:
             assert logits is not None
-            selection = select(q, logits, kv, wave, context, plan)
+            selection, correction = select(q, logits, kv, wave, context, plan)
         pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
         remainder = None
         if logits is not None and plan.remainder != "none":
             pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
             remainder = logits.page.masked_fill_(~pruned.unsqueeze(2), NEVER)
+            if correction is not None:
+                remainder += correction
         slots = lookup(wave.table, pages) * PAGE_SIZE
         exact = kv.scores(q, slots, PAGE_SIZE)
         absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]

@@ -119,20 +119,22 @@ def select(
     blocks: QueryBlocks,
     context: Tensor,
     plan: SparsePlan,
-) -> Selection:
+) -> tuple[Selection, Tensor | None]:
     """Choose pages by their share of the softmax mass, estimated and then, if asked, looked at.
 
     query [Hkv, N, M, D] scaled; context [N, S]. Logits of different heads and rows are not
     comparable: a page scores its logit minus the row's log-sum-exp over all visible pages, and
-    then the maximum over the rows of the block and the heads of the group.
+    then the maximum over the rows of the block and the heads of the group. After a look also
+    what the row's estimates are wrong by, [Hkv, N, M, 1], to be added to them.
     """
     visible = logits.page.masked_fill(~context[:, None], NEVER)
     mass = visible.logsumexp(-1, keepdim=True)  # [Hkv, N, M, 1]
+    correction = None
     if plan.second_look and blocks.tokens.shape[1] == 1:
-        score = look(query, logits, mass, kv, blocks, plan)
+        score, correction = look(query, logits, mass, kv, blocks, plan)
     else:
         score = by_position(best_of_rows(visible.sub_(mass), blocks), blocks)
-    return choose(score.transpose(0, 1), blocks.page, plan)
+    return choose(score.transpose(0, 1), blocks.page, plan), correction
 
 
 def look(
@@ -142,11 +144,13 @@ def look(
     kv: PagedKV,
     blocks: QueryBlocks,
     plan: SparsePlan,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The shares of pages [Hkv, N, P] from real keys: those of their most promising sub-pages.
 
     HiP's own last level, which descends to real keys (docs/algorithm.md, "the second look").
     Reads ``second_look`` times the budget's keys. A page of which nothing was read scores -inf.
+    What was read also tells how much too high each row's estimates are: [Hkv, N, M, 1], the mean
+    of true minus estimated logits of the sub-pages, where that is negative.
     """
     count = len(logits.parts)
     tokens = PAGE_SIZE // count
@@ -155,20 +159,38 @@ def look(
         by_position(best_of_rows(part - rest, blocks), blocks) for part in logits.parts
     ]  # L x [Hkv, N, P]
     promise = torch.stack(promises, -1)
-    heads, blocks_, pages, _ = promise.shape
+    pages = promise.shape[2]
     closed = ~candidate_pages(blocks.page, pages, plan)  # [N, P]
     promise = promise.masked_fill_(closed[:, :, None], NEVER).flatten(2)  # [Hkv, N, P * L]
     wanted = min(plan.second_look * plan.budget_pages, pages) * count
     best, places = promise.topk(wanted)
     page, part = places // count, places % count
     slots = lookup(blocks.table, page) * PAGE_SIZE + part * tokens
-    found = kv.scores(query, slots, tokens).view(heads, blocks_, -1, wanted, tokens)
-    seen = (found.logsumexp(-1) - mass).masked_fill_((best == NEVER).unsqueeze(2), NEVER)
+    found = kv.scores(query, slots, tokens)
+    found = found.view(*found.shape[:3], wanted, tokens)
+    absent = (best == NEVER).unsqueeze(2)
+    true = found.logsumexp(-1)  # [Hkv, N, M, wanted]
+
+    excess = (true - estimates(logits, page, part, blocks)).masked_fill_(absent, 0)
+    excess = excess.sum(-1, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1)
+
     # what was read of a page adds up, in each row relative to the row's best
+    seen = (true - mass).masked_fill_(absent, NEVER)
     top = seen.amax(-1, keepdim=True).clamp(min=LEAST)
     share = seen.new_zeros((*seen.shape[:3], pages))
     share.scatter_add_(3, page.unsqueeze(2).expand_as(seen), (seen - top).exp_())
-    return best_of_rows(share.log_().add_(top), blocks)
+    return best_of_rows(share.log_().add_(top), blocks), excess.clamp_(max=0)
+
+
+def estimates(logits: PageLogits, page: Tensor, part: Tensor, blocks: QueryBlocks) -> Tensor:
+    """The estimated logits [Hkv, N, M, K] of sub-pages: page and part are [Hkv, N, K]."""
+    assert blocks.local is not None
+    local = lookup(blocks.local.table, page).unsqueeze(2)
+    local = local.expand(-1, -1, logits.page.shape[2], -1)
+    found = torch.full(local.shape, math.log(PAGE_SIZE / len(logits.parts)), device=local.device)
+    for number, mean in enumerate(logits.parts):
+        found += mean.gather(3, local).where((part == number).unsqueeze(2), 0)
+    return found if logits.spread is None else found + logits.spread.gather(3, local)
 
 
 def by_position(score: Tensor, blocks: QueryBlocks) -> Tensor:
