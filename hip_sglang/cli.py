@@ -1,4 +1,4 @@
-"""``hip-sglang``: serve, demo, bench, config show, doctor."""
+"""``hip-sglang``: serve, demo, bench, config, doctor."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
+
+from hip_sglang.cli_errors import CliError, one_line_errors
+from hip_sglang.config_cli import config_app
 
 # heavy modules (torch, sglang, our own mathematics) are imported inside the commands that need them
 
@@ -30,13 +31,8 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 demo_app = typer.Typer(invoke_without_command=True)
-config_app = typer.Typer(help="The configuration of HiP attention.")
 app.add_typer(demo_app, name="demo")
 app.add_typer(config_app, name="config")
-
-
-class CliError(TyperException):
-    """Something the user can mend: shown as one line, exit code 2."""
 
 
 def main() -> None:
@@ -55,15 +51,6 @@ def run(argv: list[str]) -> int:
     except typer.Abort:
         return 130
     return code if isinstance(code, int) else 0
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn the errors that our own code words for people into ``CliError``."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise CliError(" ".join(str(error).split())) from error
 
 
 @app.callback()
@@ -185,53 +172,6 @@ def bench(
     module = load_bench(name)
     with one_line_errors():
         raise typer.Exit(module.main(ctx.args))
-
-
-@config_app.command("show")
-def config_show(
-    hip_config: Annotated[
-        str | None, typer.Option(help="JSON text or a path, as SGLang takes it.")
-    ] = None,
-    hip_preset: Annotated[str | None, typer.Option(help="A preset, such as balanced.")] = None,
-    layers: Annotated[int, typer.Option(min=1, help="How many layers the model has.")] = 32,
-) -> None:
-    """Print the resolved configuration as JSON, and what it means for each layer."""
-    with one_line_errors():
-        from hip_sglang.config import HipConfig
-
-        config = HipConfig.load(hip_config, hip_preset)
-        plans = [config.layer_plan(layer) for layer in range(layers)]
-    print(config.model_dump_json(indent=2), flush=True)
-    _print_plans(plans)
-
-
-def _print_plans(plans: list[Any]) -> None:
-    """A table for people, on stderr, so that stdout stays one JSON document."""
-    from dataclasses import asdict
-
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="a page is 64 tokens", box=SIMPLE_HEAD, padding=0)
-    rows = [_flat({"layer": layer, **asdict(plan)}) for layer, plan in enumerate(plans)]
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    Console(stderr=True).print(table)
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in plan.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _cell(value: object) -> str:
-    words = {True: "yes", False: "no", None: "never"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 @app.command()
