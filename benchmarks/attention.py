@@ -7,7 +7,6 @@ no paged server has. All are timed in turn, round by round, each round with quer
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,14 +16,15 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
-from hip_kernels.ops import attend, plan_blocks, summarize
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.ops import attend, plan_blocks, pool, summarize
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hip_sglang.config import HipConfig, LayerPlan
 from hip_sglang.runtime.host_platform import use_huge_pages
 
+from .arguments import Parser, at_least
 from .rows import percentiles, save
 
 
@@ -34,13 +34,14 @@ class Case:
 
     kv: PagedKV
     summaries: Summaries
+    nodes: Summaries
     page_table: Tensor  # [1, P]
     context: int
     rows: int  # query tokens
     query_heads: int
 
     @classmethod
-    def make(cls, context: int, rows: int, heads: tuple[int, int], dim: int) -> Case:
+    def make(cls, context: int, rows: int, heads: tuple[int, int], dim: int, means: int) -> Case:
         """Random keys that drift, so that pages differ and a budget has something to choose."""
         query_heads, kv_heads = heads
         slots = -(-context // PAGE_SIZE) * PAGE_SIZE
@@ -52,11 +53,22 @@ class Case:
             .flatten(0, 1),
             torch.randn(slots, kv_heads, dim, generator=generator),
         )
+        return cls.of(kv, context, rows, query_heads, means)
+
+    @classmethod
+    def of(cls, kv: PagedKV, context: int, rows: int, query_heads: int, means: int) -> Case:
+        """The pages of ``kv`` in their order, of which ``context`` tokens are written."""
+        slots, kv_heads, width = kv.key.shape
         pages = torch.arange(slots // PAGE_SIZE)
-        summaries = Summaries.empty(len(pages), kv_heads, dim, dim)
+        summaries = Summaries.empty(len(pages), kv_heads, width, kv.value.shape[2], means=means)
         for some in pages[: context // PAGE_SIZE].split(256):
             summarize(kv, some, summaries)
-        return cls(kv, summaries, pages[None], context, rows, query_heads)
+        count = context // PAGE_SIZE // NODE_PAGES
+        value_width = kv.value.shape[2]
+        nodes = Summaries.empty(count, kv_heads, width, value_width, means=means)
+        for some in torch.arange(count).split(32):
+            pool(summaries, some[:, None] * NODE_PAGES + torch.arange(NODE_PAGES), some, nodes)
+        return cls(kv, summaries, nodes, pages[None], context, rows, query_heads)
 
     def queries(self, seed: int) -> Tensor:
         """[rows, Hq, D], scaled so that attention is neither uniform nor a single token."""
@@ -70,13 +82,15 @@ class Case:
             self.page_table,
             sparse_from=plan.sparse_from,
             sparse_decode_from=plan.sparse_decode_from,
+            nodes_from=plan.nodes_from,
+            node_table=torch.arange(self.nodes.pages)[None],
         )
 
         def run(query: Tensor) -> Tensor:
             out = torch.zeros_like(query)
             for block in blocks:
                 scale = query.shape[2] ** -0.5
-                attend(query, self.kv, self.summaries, block, plan.pages, scale, out)
+                attend(query, self.kv, self.summaries, block, plan.pages, scale, out, self.nodes)
             return out
 
         return run
@@ -174,7 +188,7 @@ def measure(case: Case, config: HipConfig, rounds: int) -> dict[str, list[float]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="hip-sglang bench attention", description=__doc__)
+    parser = Parser("attention", __doc__)
     parser.add_argument("--mode", choices=["decode", "prefill"], default="decode")
     parser.add_argument("--context", type=int, default=131072, help="tokens")
     parser.add_argument("--chunk", type=int, default=1024, help="query tokens of a prefill")
@@ -182,8 +196,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--hip-config", help="JSON text or a path")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--save", action="store_true", help="append rows to benchmarks/results")
+    parser.add_output()
     args = parser.parse_args(argv)
     query_heads, _, kv_heads = args.heads.partition("/")
     try:
@@ -192,8 +205,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--heads {args.heads}: give query heads / KV heads, as 32/8") from None
     if heads[1] < 1 or heads[0] % heads[1]:
         raise ValueError(f"--heads {args.heads}: the query heads must be a multiple of the others")
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: at least one")
+    at_least(1, rounds=args.rounds)
     rows = 1 if args.mode == "decode" else args.chunk
     if not 0 < rows <= args.context:
         raise ValueError(f"--chunk {rows} must lie between 1 and --context {args.context}")
@@ -201,7 +213,8 @@ def main(argv: list[str]) -> int:
     use_huge_pages()  # as the server on a CPU does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's, about quantizations that a CPU has not
-        seconds = measure(Case.make(args.context, rows, heads, args.dim), config, args.rounds)
+        case = Case.make(args.context, rows, heads, args.dim, config.layer_plan(0).means)
+        seconds = measure(case, config, args.rounds)
 
     def ratios(*others: str) -> list[float]:
         """How many times faster we are, in each round, than the best of the others."""
