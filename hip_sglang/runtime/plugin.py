@@ -63,6 +63,7 @@ def _register() -> None:
 
     add_attention_backend_choices([BACKEND])
     register_attention_backend(BACKEND)(build_backend)
+    register_resolution_hook("handle_model_specific_adjustments")(_refuse_model)
     register_resolution_hook("handle_attention_backend_compatibility")(_settle)
     compat.install()
 
@@ -90,16 +91,25 @@ def _guard(server_args: Any, previous: Callable[[Any], None]) -> None:
         settings.settle_dtype(server_args)
 
 
-def _settle(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """The step that settles SGLang's attention backend: the model is known by now."""
+def _refuse_model(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The step in which SGLang asserts, for some models, which backends it knows: say it better."""
     from sglang.srt.arg_groups.overrides import model_config_of
 
+    from hip_sglang.runtime import doors, requirements
+
+    if requirements.asks_for_backend(server_args):
+        with doors.errors_for(server_args):
+            requirements.check_model(model_config_of(server_args), _attention_ranks(server_args))
+    previous(server_args)
+
+
+def _settle(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The step that settles SGLang's attention backend: the model is known by now."""
     from hip_sglang.runtime import doors, host_platform, requirements, settings
 
     previous(server_args)
     with doors.errors_for(server_args):
         if requirements.asks_for_backend(server_args):
-            requirements.check_model(model_config_of(server_args), _attention_ranks(server_args))
             settings.settle_backend(server_args)
         if host_platform.is_active():
             settings.settle_host(server_args)

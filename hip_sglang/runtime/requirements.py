@@ -9,6 +9,8 @@ from hip_kernels.layout import PAGE_SIZE
 
 BACKEND = "hip_attention"
 SUPPORTED_SGLANG = "0.5.21"
+# kinds of layers, in the words of transformers' `layer_types`
+NOT_ATTENTION = {"mamba", "linear_attention", "conv", "hybrid"}
 
 
 class UnsupportedError(ValueError):
@@ -82,6 +84,11 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
             "context parallelism (--dcp-size, --attn-cp-size, --enable-prefill-cp)",
             "use --tp-size, up to the model's number of KV heads",
         ),
+        (
+            args.dllm_algorithm is not None,
+            f"diffusion language models (--dllm-algorithm {args.dllm_algorithm})",
+            "choose another --attention-backend",
+        ),
         (args.enable_hisparse, "HiSparse (--enable-hisparse)", "choose one of the two"),
         (
             args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
@@ -105,14 +112,26 @@ def check_model(model: Any, ranks: int) -> None:
     ``ranks`` is over how many ranks its attention heads are split.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.configs.model_config import AttentionArch, is_minimax_sparse
 
     name = (model.hf_config.architectures or ["this model"])[0]
-    mamba = mambaish_config(model) is not None or model.attention_arch == AttentionArch.SSM
+    mamba = (
+        mambaish_config(model) is not None
+        or model.attention_arch == AttentionArch.SSM
+        # served by transformers' own code, which sglang's list does not know
+        or not NOT_ATTENTION.isdisjoint(getattr(model.hf_text_config, "layer_types", None) or ())
+    )
     for unsupported, why in (
         (mamba, "it has Mamba or linear-attention layers"),
         (not mamba and model.attention_arch != AttentionArch.MHA, "it uses latent attention (MLA)"),
-        (model.is_encoder_decoder, "it is an encoder-decoder"),
+        # sglang's own word is about three architectures only
+        (
+            model.is_encoder_decoder or getattr(model.hf_config, "is_encoder_decoder", False),
+            "it is an encoder-decoder",
+        ),
+        (is_minimax_sparse(model.hf_config), "it has a sparse attention of its own"),
+        (getattr(model, "use_alibi", False), "it biases its logits by distance (ALiBi)"),
+        (0 < (model.attention_chunk_size or 0) < model.context_len, "it attends in chunks"),
         (_slides(model), "it has sliding-window layers"),
     ):
         if unsupported:

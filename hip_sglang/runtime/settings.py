@@ -123,9 +123,10 @@ def _host_tokens(server_args: Any) -> int:
     cfg = resolving_view(server_args)
     model = model_config_of(server_args)
     free = _free_memory() // _replicas(cfg) - _checkpoint_bytes(cfg.model_path)
-    room = max(0, free) * KV_SHARE_OF_FREE_MEMORY / _kv_bytes_per_token(model)
-    tokens = int(min(room, FULL_CONTEXTS_ON_CPU * model.context_len)) // PAGE_SIZE * PAGE_SIZE
-    if tokens < cfg.chunked_prefill_size:
+    room = int(max(0, free) * KV_SHARE_OF_FREE_MEMORY / _kv_bytes_per_token(model))
+    enough = FULL_CONTEXTS_ON_CPU * int(model.context_len)
+    tokens = min(room, enough) // PAGE_SIZE * PAGE_SIZE
+    if room < min(cfg.chunked_prefill_size, enough):
         raise UnsupportedError(
             f"free memory has room for {tokens:,} tokens of KV beside the weights, less than one "
             f"prefill chunk of {cfg.chunked_prefill_size:,}; free some, or set --max-total-tokens"

@@ -96,6 +96,11 @@ def test_too_little_memory_is_refused(parse, monkeypatch, capsys):
 
 
 @on_cpu
+def test_a_context_shorter_than_a_prefill_chunk_is_served(resolve):
+    assert resolve("--context-length", "512")["max_total_tokens"] == 4 * 512
+
+
+@on_cpu
 def test_ranks_share_the_processors(resolve, monkeypatch):
     monkeypatch.setattr(host_platform, "processors", lambda: [0, 2, 4, 6, 8])
     resolve("--tp-size", "2")
@@ -139,6 +144,7 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--dcp-size", "2"], "context parallelism"),
         (["--attn-cp-size", "2"], "context parallelism"),
         (["--enable-hisparse"], "HiSparse"),
+        (["--dllm-algorithm", "LowConfidence"], "diffusion language models"),
         (["--kv-cache-dtype", "fp8_e4m3"], "--kv-cache-dtype fp8_e4m3; use auto"),
         (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype nvfp4; use auto"),
         (["--page-size", "16"], "not --page-size 16; leave --page-size out or set it to 64"),

@@ -49,6 +49,8 @@ QWEN3_NEXT = {
     "model_type": "qwen3_next",
     "head_dim": 64,
 }
+# 13B and larger; sglang knows the 7B without ALiBi by its hidden size
+BAICHUAN = {**LLAMA, "architectures": ["BaichuanForCausalLM"]}
 WHISPER = {
     "architectures": ["WhisperForConditionalGeneration"],
     "model_type": "whisper",
@@ -80,8 +82,9 @@ def read(sglang, tmp_path):
         {**QWEN2, "use_sliding_window": False, "sliding_window": 1024},
         {**MISTRAL, "sliding_window": None},
         {**MISTRAL, "sliding_window": 4096},
+        {**BAICHUAN, "hidden_size": 4096},
     ],
-    ids=["llama", "qwen2", "qwen2 window unused", "mistral", "window as long as the context"],
+    ids=["llama", "qwen2", "qwen2 window unused", "mistral", "window as long as the context", "7B"],
 )
 def test_grouped_query_attention_is_served(read, config):
     check_model(read(config), ranks=2)
@@ -95,8 +98,9 @@ def test_grouped_query_attention_is_served(read, config):
         (GEMMA, "sliding-window layers"),
         (QWEN3_NEXT, "Mamba or linear-attention layers"),
         (WHISPER, "encoder-decoder"),
+        (BAICHUAN, "ALiBi"),
     ],
-    ids=["mla", "mistral", "gemma2", "hybrid", "encoder-decoder"],
+    ids=["mla", "mistral", "gemma2", "hybrid", "encoder-decoder", "alibi"],
 )
 def test_other_attention_is_refused_by_name(read, config, reason):
     with pytest.raises(UnsupportedError) as refused:
