@@ -14,9 +14,6 @@ import sglang as sgl
 
 from hip_sglang.demo.quotes import Quote, whole_characters
 
-# decode speed is the median of so many answers of so many tokens
-_ANSWERS, _TOKENS = 3, 40
-
 # the frontend shows the traceback of every failed request; we raise it, in one line
 warnings.filterwarnings("ignore", message="Error in stream_executor")
 
@@ -104,11 +101,14 @@ def ask(
     return answers
 
 
-def measure_speed(url: str, document: str, prompt: str) -> Speed:
+def measure_speed(
+    url: str, document: str, prompt: str, *, answers: int = 3, tokens: int = 40
+) -> Speed:
     """Read the document cold, then decode after ``prompt``, which begins with the document.
 
-    The document must be new to the server, and nothing else running on it. Raises ValueError where
-    it is not new, ConnectionError where the server does not answer.
+    The decode speed is the median of so many answers of so many tokens, at least two. The document
+    must be new to the server, and nothing else running on it. Raises ValueError where it is not
+    new, ConnectionError where the server does not answer.
     """
     backend = sgl.RuntimeEndpoint(url)
     began = time.perf_counter()
@@ -117,8 +117,8 @@ def measure_speed(url: str, document: str, prompt: str) -> Speed:
     if meta["cached_tokens"] > 0.01 * meta["prompt_tokens"]:
         raise ValueError(f"the server at {url} knows the document already; start a fresh one")
     speeds = []
-    for _ in range(_ANSWERS):
-        state = _generate.run(prompt, _TOKENS, backend=backend, stream=True)
+    for _ in range(answers):
+        state = _generate.run(prompt, tokens, backend=backend, stream=True)
         arrivals = asyncio.run(_arrivals(state))
         _raise_error(state)
         (first_s, first), (last_s, last) = arrivals[0], arrivals[-1]

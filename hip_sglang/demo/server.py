@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +31,20 @@ class Server:
 
 
 @contextmanager
-def serve(arguments: Sequence[str], log: Path) -> Iterator[Server]:
+def serve(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ
+) -> Iterator[Server]:
     """Run ``python -m sglang.launch_server`` with these arguments on a free port of this machine.
 
-    Its output goes to ``log``. However the block is left, all of the server's processes are gone
-    afterwards. Raises ChildProcessError where it ends, or is not ready in ten minutes.
+    Its output goes to ``log``, and it inherits ``environment``. However the block is left, all of
+    the server's processes are gone afterwards. Raises ChildProcessError where it ends, or is not
+    ready in ten minutes.
     """
     port = _free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1"]
     command += ["--port", str(port), *arguments]
     # nothing here is downloaded, and nobody should wait for an attempt
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**environment, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from hip_sglang import cli
 from hip_sglang.bench import load_bench
+from hip_sglang.demo.model import write_model
 
 Rows = Callable[[], list[dict[str, str]]]
 
@@ -23,6 +25,24 @@ def _threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench") / "model"
+    write_model(directory)
+    return directory
+
+
+@pytest.fixture
+def written_once(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks find the model written, which takes them seconds otherwise."""
+
+    def copy(directory: Path) -> None:
+        shutil.copytree(model_directory, directory, dirs_exist_ok=True)
+
+    for name in ("serve", "retrieval"):
+        monkeypatch.setattr(load_bench(name), "write_model", copy)
 
 
 @pytest.fixture

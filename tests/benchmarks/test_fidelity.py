@@ -15,7 +15,6 @@ from hip_sglang.bench import load_bench
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import Document, library_text
 from hip_sglang.demo.exact import ExactDocument, ExactModel, attend_densely
-from hip_sglang.demo.model import write_model
 from hip_sglang.demo.quotes import pick_quotes
 from hip_sglang.demo.vocabulary import load_tokenizer
 from tests.benchmarks.conftest import Rows
@@ -91,7 +90,7 @@ def test_a_configuration_is_called_by_what_differs(given: dict[str, Any], name: 
 
 
 def test_the_model_is_asked_under_every_configuration(
-    bench: Callable[..., dict[str, Any]], saved: Rows
+    bench: Callable[..., dict[str, Any]], saved: Rows, written_once: None
 ) -> None:
     blind = {"preset": "paper", "budget": 64, "window": 64, "dense_threshold": 0}
     task = ["--context", SHORT, "--quote-tokens", "32", "--quotes", "3", "--new", "4"]
@@ -109,11 +108,10 @@ def test_the_model_is_asked_under_every_configuration(
     assert right == {"right": counts[forgetful], "right.keep_all": 12}
 
 
-def test_the_cache_holds_what_the_steps_hold(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
+def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
+    tokenizer = load_tokenizer(model_directory)
     document = Document.cut(library_text(), tokenizer, 2048)
-    exact = ExactDocument.of(ExactModel(tmp_path), document.ids)
+    exact = ExactDocument.of(ExactModel(model_directory), document.ids)
     cache = retrieval.Cache(exact, 128, {4})
     plan = HipConfig(preset="dense").layer_plan(1)
     # a quote's tail takes the place of the one before
