@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# a run: its configuration, where it comes from, and its rows by metric
+Run = tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- numbers: written by `make numbers` -->\n", "<!-- end of numbers -->"
@@ -33,6 +36,8 @@ def numbers() -> str:
             "are random and drift. *Dense* is the better of two dense attentions over contiguous "
             "memory; *keep-all* is our own code with nothing pruned.",
             attention_table(),
+            *serve_section(),
+            *fidelity_section(),
             "## The demo",
             demo_words(),
             demo_table(),
@@ -52,10 +57,13 @@ def with_table(readme: str) -> str:
     )
 
 
-def attention_rows() -> list[tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]]:
-    """(configuration, where it comes from, its rows by metric), the newest of each."""
+def runs(bench: str) -> list[Run]:
+    """The newest run of each configuration on each machine; none where there are no rows yet."""
+    path = RESULTS / f"{bench}.csv"
+    if not path.exists():
+        return []
     found: dict[str, dict[str, dict[str, str]]] = {}
-    with (RESULTS / "attention.csv").open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             key = row["machine"] + row["config"]
             if row["metric"] in found.get(key, {}):
@@ -68,14 +76,22 @@ def attention_rows() -> list[tuple[dict[str, Any], dict[str, str], dict[str, dic
     ]
 
 
+def where(row: dict[str, str]) -> str:
+    return f"{row['machine']}, {row['cores']} cores; {row['date']}, {row['git_sha']}"
+
+
+def ratio(row: dict[str, str]) -> str:
+    low, middle, high = (float(row[p]) for p in ("p20", "p50", "p80"))
+    return f"**{middle:.1f}x** ({low:.1f}-{high:.1f})"
+
+
 def attention_table() -> str:
     def cell(metrics: dict[str, dict[str, str]], name: str) -> str:
         if name not in metrics:
             return "-"
-        low, middle, high = (float(metrics[name][p]) for p in ("p20", "p50", "p80"))
         if name.startswith("ratio"):
-            return f"**{middle:.1f}x** ({low:.1f}-{high:.1f})"
-        return f"{1e3 * middle:,.1f} ms"
+            return ratio(metrics[name])
+        return f"{1e3 * float(metrics[name]['p50']):,.1f} ms"
 
     rows = [
         [
@@ -83,9 +99,9 @@ def attention_table() -> str:
             f"{config['heads']}, {config['dim']}",
             *(cell(metrics, name) for name in ("ours", "ratio.vs_best_dense")),
             *(cell(metrics, f"ratio.vs_{name}") for name in ("keep_all", "torch_native")),
-            f"{row['machine']}, {row['cores']} cores; {row['date']}, {row['git_sha']}",
+            where(row),
         ]
-        for config, row, metrics in attention_rows()
+        for config, row, metrics in runs("attention")
     ]
     head = ["rows of context", "heads, dim", "ours", "dense / ours", "keep-all / ours"]
     return table([*head, "torch_native / ours", "where"], rows)
@@ -93,7 +109,7 @@ def attention_table() -> str:
 
 def attention_words() -> str:
     """The README's sentence."""
-    for config, _, metrics in attention_rows():
+    for config, _, metrics in runs("attention"):
         if (config["mode"], config["context"]) == ("decode", 131072):
             dense, native = (
                 float(metrics[f"ratio.vs_{name}"]["p50"]) for name in ("best_dense", "torch_native")
@@ -106,6 +122,77 @@ def attention_words() -> str:
                 "[docs/numbers.md](docs/numbers.md)."
             )
     raise ValueError("no decode row at 131072 in attention.csv; hip-sglang bench attention --save")
+
+
+def serve_section() -> list[str]:
+    if not (found := runs("serve")):
+        return []
+
+    def speed(metrics: dict[str, dict[str, str]], name: str) -> str:
+        if f"{name}.ttft" not in metrics:
+            return "-"
+        first, then = (float(metrics[f"{name}.{metric}"]["p50"]) for metric in ("ttft", "decode"))
+        return f"{first:,.1f} s, {then:.1f} tokens/s"
+
+    rows = [
+        [
+            f"{config['context']:,}",
+            f"`{json.dumps(config['hip'])}`" if config["hip"] else "default",
+            speed(metrics, "ours"),
+            speed(metrics, "keep_all"),
+            *(ratio(metrics[f"ratio.{name}"]) for name in ("ttft", "decode")),
+            speed(metrics, "torch_native")
+            + (f" at {config['torch_native']:,}" if config["torch_native"] else ""),
+            where(row),
+        ]
+        for config, row, metrics in found
+    ]
+    head = ["context", "configuration", "ours: first token, then", "keep-all", "first token"]
+    return [
+        "## The server",
+        "`hip-sglang bench serve`: the built-in model (two layers) on the real server, one request "
+        "alone, nothing cached. *Keep-all* is our own code with nothing pruned, at the same "
+        "context; the ratios are keep-all's time to ours.",
+        table([*head, "decode", "torch_native", "where"], rows),
+    ]
+
+
+def fidelity_section() -> list[str]:
+    found = runs("fidelity")
+    contexts = [run for run in found if run[0]["part"] == "synthetic"]
+    answers = [run for run in found if run[0]["part"] == "model"]
+    parts = ["## Fidelity"] if found else []
+    for config, row, metrics in contexts:
+        means = {}
+        for name, of in metrics.items():
+            if name.endswith(".mean"):
+                generator, who, _ = name.split(".")
+                means.setdefault(generator, {})[who] = f"{float(of['p50']):.3f}"
+        head = list(next(iter(means.values())))
+        parts += [
+            f"`hip-sglang bench fidelity`: relative L2 error of a decode step against dense, "
+            f"synthetic contexts (`benchmarks/synthetic.py`) of {config['length']:,} tokens, mean "
+            f"of {config['seeds']} seeds, ours `{config['hip']}`. *Paper* is HiP's search as "
+            "published, *oracle* the truly best tokens, each with as much to attend exactly as "
+            f"ours, the rest dropped; *stream* is sink and window alone. {where(row)}.",
+            table(["context", *head], [[name, *of.values()] for name, of in means.items()]),
+        ]
+    if answers:
+        rows = []
+        for config, row, metrics in answers:
+            right, dense = (int(float(metrics[m]["p50"])) for m in ("right", "right.keep_all"))
+            task = f"{config['context']:,}, {config['quotes']} quotes of {config['quote_tokens']}"
+            steps = config["quotes"] * config["new"]
+            counts = [f"{right} of {steps}", f"{dense} of {steps}", f"{right / dense:.3f}"]
+            rows.append([task, f"`{config['hip']}`", *counts, where(row)])
+        parts += [
+            "`--model`: right next tokens of the built-in model, the right past given; decode "
+            "steps of the layer that finds the quote, on keys that were read densely.",
+            table(
+                ["context, quotes", "configuration", "right", "keep-all", "share", "where"], rows
+            ),
+        ]
+    return parts
 
 
 def demo() -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""The tables of docs/numbers.md come from the rows that the benchmarks save."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hip_sglang.bench import load_bench
+
+SERVE = {"context": 65536, "new": 64, "rounds": 2, "torch_native": None, "hip": {}}
+MODEL = {"part": "model", "context": 32768, "quote_tokens": 16, "quotes": 50, "new": 16}
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/write_numbers.py on a folder of results that only this test has."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "write_numbers.py"
+    spec = importlib.util.spec_from_file_location("write_numbers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for each in (module, load_bench("rows")):
+        monkeypatch.setattr(each, "RESULTS", tmp_path)
+    return module
+
+
+def save(bench: str, config: dict[str, Any], **samples: list[float]) -> None:
+    """Rows of these metrics, a double underscore for a dot."""
+    metrics = {name.replace("__", "."): ("unit", found) for name, found in samples.items()}
+    load_bench("rows").save(bench, config, metrics)
+
+
+def test_without_rows_there_is_no_section(write: ModuleType) -> None:
+    assert write.serve_section() == write.fidelity_section() == []
+
+
+def test_the_newest_run_of_the_server_is_shown(write: ModuleType) -> None:
+    rest = {
+        "ratio__decode": [1.5], "ours__ttft": [36.04], "ours__decode": [60.0],
+        "keep_all__ttft": [90.0], "keep_all__decode": [40.0],
+    }  # fmt: skip
+    save("serve", SERVE, ratio__ttft=[9.0], **rest)
+    save("serve", SERVE, ratio__ttft=[2.4, 2.5, 2.6], **rest)
+    native = {"torch_native__ttft": [3.0], "torch_native__decode": [50.0]}
+    save("serve", {**SERVE, "torch_native": 8192}, ratio__ttft=[7.0], **rest, **native)
+    table = write.serve_section()[-1]
+    first, second = table.splitlines()[2:]
+    start = (
+        "| 65,536 | default | 36.0 s, 60.0 tokens/s | 90.0 s, 40.0 tokens/s | **2.5x** (2.4-2.6)"
+    )
+    assert first.startswith(start)
+    assert "9.0x" not in table
+    assert "| 3.0 s, 50.0 tokens/s at 8,192 |" in second
+
+
+def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:
+    contexts = {"part": "synthetic", "seeds": 2, "length": 4096, "hip": "balanced"}
+    save("fidelity", contexts, torn__ours=[0.1, 0.9], torn__ours__mean=[0.5],
+         torn__oracle=[0.2, 0.4], torn__oracle__mean=[0.3])  # fmt: skip
+    save("fidelity", {**MODEL, "hip": "paper"}, right=[600.0], right__keep_all=[800.0])
+    text = "\n".join(write.fidelity_section())
+    assert "mean of 2 seeds, ours `balanced`" in text
+    assert "| context | ours | oracle |" in text
+    assert "| torn | 0.500 | 0.300 |" in text
+    assert "| 32,768, 50 quotes of 16 | `paper` | 600 of 800 | 800 of 800 | 0.750 |" in text
