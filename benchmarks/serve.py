@@ -80,7 +80,7 @@ class Contestant:
     def __init__(self, url: str, prompts: Prompts) -> None:
         self._url, self._prompts = url, prompts
         text = prompts.warm_up
-        measure_speed(url, text, text + prompts.suffix, answers=1, tokens=8)
+        measure_speed(url, text, text + prompts.suffix, answers=1)
 
     def measure(self) -> Speed:
         """One cold reading, and the median decode speed of three answers behind it."""

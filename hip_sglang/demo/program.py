@@ -106,9 +106,10 @@ def measure_speed(
 ) -> Speed:
     """Read the document cold, then decode after ``prompt``, which begins with the document.
 
-    The decode speed is the median of so many answers of so many tokens, at least two. The document
-    must be new to the server, and nothing else running on it. Raises ValueError where it is not
-    new, ConnectionError where the server does not answer.
+    The decode speed is the median of so many answers of so many tokens, without those that arrived
+    all at once, as a few tokens may on a busy machine. The document must be new to the server, and
+    nothing else running on it. Raises ValueError where it is not new or every answer arrived at
+    once, ConnectionError where the server does not answer.
     """
     backend = sgl.RuntimeEndpoint(url)
     began = time.perf_counter()
@@ -122,7 +123,13 @@ def measure_speed(
         arrivals = asyncio.run(_arrivals(state))
         _raise_error(state)
         (first_s, first), (last_s, last) = arrivals[0], arrivals[-1]
-        speeds.append((last - first) / (last_s - first_s))
+        if last > first:
+            speeds.append((last - first) / (last_s - first_s))
+    if not speeds:
+        raise ValueError(
+            f"all {tokens} tokens of an answer arrived at once, which says nothing about speed; "
+            "ask for more"
+        )
     return Speed(
         prompt_tokens=meta["prompt_tokens"],
         ttft_s=ttft,

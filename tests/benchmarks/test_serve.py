@@ -49,7 +49,7 @@ class FakeServers:
         return httpx.Response(200, request=httpx.Request("POST", url))
 
     def measure_speed(
-        self, url: str, document: str, prompt: str, *, answers: int = 3, tokens: int
+        self, url: str, document: str, prompt: str, *, answers: int = 3, tokens: int = 40
     ) -> Speed:
         name = httpx.URL(url).host
         assert name in self.alive
@@ -154,7 +154,7 @@ def test_what_cannot_be_used_is_one_line(
 @pytest.mark.soak
 def test_the_real_servers_are_measured(bench: Callable[..., dict[str, Any]], saved: Rows) -> None:
     config = '{"budget": 512, "window": 256, "dense_threshold": 0}'
-    arguments = ["--context", "4096", "--new", "8", "--rounds", "1", "--hip-config", config]
+    arguments = ["--context", "4096", "--new", "64", "--rounds", "1", "--hip-config", config]
     found = bench("serve", *arguments, "--torch-native", "4096", "--save")
     assert 3800 < found["values"]["prompt_tokens"] <= 4096
     assert set(found["ratios"]) == {"ttft", "decode"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hip_sglang.demo import program
 from hip_sglang.demo.corpus import Document
 from hip_sglang.demo.program import ask, measure_speed
 from hip_sglang.demo.quotes import Quote, pick_quotes
@@ -130,6 +131,22 @@ def test_speed_is_measured_cold_and_then_on_the_cached_document(server: StandIn)
     lengths = [request["sampling_params"]["max_new_tokens"] for request in server.requests]
     assert lengths == [1, 40, 40, 40]
     assert server.requests[0]["text"] == TEXT
+
+
+def test_answers_that_arrive_at_once_say_nothing_about_speed(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, slow = [(7.0, 40)], [(7.0, 10), (8.0, 40)]
+    arrived = iter([at_once, slow, at_once, *[at_once] * 3])
+
+    async def arrivals(state: object) -> list[tuple[float, int]]:
+        return next(arrived)
+
+    monkeypatch.setattr(program, "_arrivals", arrivals)
+    prompt = TEXT + quotes()[0].suffix
+    assert measure_speed(server.url, TEXT, prompt).decode_tokens_per_s == 30
+    with pytest.raises(ValueError, match="all 40 tokens of an answer arrived at once"):
+        measure_speed(server.url, TEXT, prompt)
 
 
 def test_a_document_that_is_cached_already_is_no_cold_start(server: StandIn) -> None:
