@@ -98,8 +98,12 @@ def _refuse_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     from hip_sglang.runtime import doors, requirements
 
     if requirements.asks_for_backend(server_args):
+        model = model_config_of(server_args)
         with doors.errors_for(server_args):
-            requirements.check_model(model_config_of(server_args), _attention_ranks(server_args))
+            requirements.check_model(model, _attention_ranks(server_args))
+        # transformers' word for no window is 0, and the one that sglang lets pass is None
+        if getattr(model.hf_config, "sliding_window_pattern", None) == 0:
+            model.hf_config.sliding_window_pattern = None
     previous(server_args)
 
 
@@ -129,7 +133,11 @@ def build_backend(runner: Any) -> Any:
     check_loaded()
     requirements.check_kv_dtype(runner.kv_cache_dtype)
     requirements.check_layers(runner.model, runner.model_config.context_len)
-    return HipAttentionBackend(runner, doors.config_of(runner.server_args))
+    backend = HipAttentionBackend(runner, doors.config_of(runner.server_args))
+    # sglang's models ask the backend for them, by these names
+    backend.req_to_token_pool = runner.req_to_token_pool
+    backend.token_to_kv_pool = runner.token_to_kv_pool
+    return backend
 
 
 def check_loaded() -> None:
