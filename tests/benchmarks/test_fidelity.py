@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan
 
 from hip_sglang.bench import load_bench
 from hip_sglang.config import HipConfig
@@ -19,6 +20,7 @@ from hip_sglang.demo.quotes import pick_quotes
 from hip_sglang.demo.vocabulary import load_tokenizer
 from tests.benchmarks.conftest import Rows
 
+Case = load_bench("attention").Case
 fidelity = load_bench("fidelity")
 retrieval = load_bench("retrieval")
 synthetic = load_bench("synthetic")
@@ -110,15 +112,29 @@ def test_the_model_is_asked_under_every_configuration(
 
 def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
     tokenizer = load_tokenizer(model_directory)
-    document = Document.cut(library_text(), tokenizer, 2048)
+    document = Document.cut(library_text(), tokenizer, 8192)
     exact = ExactDocument.of(ExactModel(model_directory), document.ids)
-    cache = retrieval.Cache(exact, 128, {4})
-    plan = HipConfig(preset="dense").layer_plan(1)
+    cache = retrieval.Cache(exact, 256, {4})
+    dense = HipConfig(preset="dense").layer_plan(1)
+    # pages of the quote's own tokens lie before the window
+    sparse = HipConfig.load({"budget": 64, "window": 64, "dense_threshold": 0}).layer_plan(1)
     # a quote's tail takes the place of the one before
-    for quote in pick_quotes(document, tokenizer, 2, continuation=40):
+    for quote in pick_quotes(document, tokenizer, 2, continuation=160):
         steps = exact.teacher_forced(quote.suffix_ids, quote.expected_ids)
         cache.write(steps)
-        torch.testing.assert_close(cache.attend(steps, plan), attend_densely(steps)[0])
+        last = replace(steps, queries=steps.queries[-1:], visible=steps.visible[-1:])
+        torch.testing.assert_close(cache.attend(last, dense), attend_densely(last)[0])
+        # a query that finds all keys alike sees every summary
+        alike = replace(last, queries=torch.zeros_like(last.queries))
+        afresh = PagedKV(*(page_aligned(x) for x in (steps.keys, steps.values)))
+        case = Case.of(afresh, int(last.visible), 1, last.queries.shape[1], 4)
+        torch.testing.assert_close(cache.attend(alike, sparse), case.ours(sparse)(alike.queries))
+
+
+def page_aligned(heads_first: torch.Tensor) -> torch.Tensor:
+    """[Hkv, T, D] -> [whole pages, Hkv, D]."""
+    rows = heads_first.transpose(0, 1)
+    return torch.cat([rows, rows.new_zeros(-len(rows) % PAGE_SIZE, *rows.shape[1:])])
 
 
 @pytest.mark.parametrize(
