@@ -24,7 +24,7 @@ from hip_sglang.demo.corpus import MINIMUM_TOKENS, Document, library_text
 from hip_sglang.demo.exact import ExactDocument, ExactModel, Steps
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.quotes import pick_quotes
-from hip_sglang.demo.vocabulary import load_tokenizer
+from hip_sglang.demo.vocabulary import Tokenizer, load_tokenizer
 
 from .attention import Case
 
@@ -68,7 +68,7 @@ class Cache:
         kv = PagedKV(*(torch.zeros(slots, KV_HEADS, HEAD_DIM) for _ in "kv"))
         kv.key[: self._tokens] = document.keys.transpose(0, 1)
         kv.value[: self._tokens] = document.values.transpose(0, 1)
-        self._cases = {m: Case.of(kv, self._tokens, 1, QUERY_HEADS, m) for m in means}
+        self._cases = {m: Case.of(kv, slots, 1, QUERY_HEADS, m) for m in means}
 
     def write(self, steps: Steps) -> None:
         """The quote's own tokens behind the document, in place of the last one's."""
@@ -89,6 +89,18 @@ class Cache:
         return torch.cat(outputs)
 
 
+def library_document(tokenizer: Tokenizer, tokens: int) -> Document:
+    """Python's library, cut to so many tokens; raises ValueError where it has fewer."""
+    document = Document.cut(library_text(), tokenizer, tokens)
+    # it ends with a whole line
+    if len(document.ids) < 0.9 * tokens:
+        raise ValueError(
+            f"the document, Python's library, has {len(document.ids):,} tokens, fewer than the "
+            f"{tokens:,} that this context takes; give a smaller one"
+        )
+    return document
+
+
 @torch.no_grad()
 def right_tokens(
     tasks: Sequence[Task], configs: Mapping[str, HipConfig]
@@ -102,11 +114,10 @@ def right_tokens(
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         model, tokenizer = ExactModel(Path(folder)), load_tokenizer(Path(folder))
-    text = library_text()
     for context, same in groupby(tasks, key=lambda task: task.context):
         group = list(same)
         room = _ROOM + max(task.new + task.quote_tokens for task in group)
-        document = Document.cut(text, tokenizer, context - room)
+        document = library_document(tokenizer, context - room)
         exact = ExactDocument.of(model, document.ids)
         cache = Cache(exact, room, {plan.means for plan in plans.values()})
         for task in group:

@@ -23,7 +23,7 @@ import httpx
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.architecture import MAX_POSITION
-from hip_sglang.demo.corpus import Document, library_text
+from hip_sglang.demo.corpus import Document
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.program import Speed, measure_speed
 from hip_sglang.demo.quotes import pick_quotes
@@ -31,6 +31,7 @@ from hip_sglang.demo.server import serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
 
 from .arguments import Parser, at_least
+from .retrieval import library_document
 from .rows import percentiles, save
 
 # what a CPU server reads at once; shorter prompts say nothing about reading
@@ -62,13 +63,7 @@ class Prompts:
     def make(cls, model: Path, context: int, new: int) -> Prompts:
         """Raises ValueError where Python's library is shorter than the context."""
         tokenizer = load_tokenizer(model)
-        room = _ROOM + new
-        document = Document.cut(library_text(), tokenizer, context - room)
-        if len(document.ids) < 0.98 * (context - room):
-            raise ValueError(
-                f"--context {context}: the document, Python's library, has only "
-                f"{len(document.ids):,} tokens; give less"
-            )
+        document = library_document(tokenizer, context - _ROOM - new)
         (quote,) = pick_quotes(document, tokenizer, 1)
         warm_up = Document.cut(document.text, tokenizer, min(_WARM_UP_TOKENS, context // 2))
         return cls(context, document, quote.suffix, warm_up.text, new)

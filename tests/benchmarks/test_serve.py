@@ -119,6 +119,15 @@ def test_the_prompts_fit_the_context(model_directory: Path) -> None:
     assert prompts.document.text.startswith(prompts.warm_up)
 
 
+def test_a_document_that_is_too_short_for_the_context_is_refused(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = load_bench("retrieval")
+    monkeypatch.setattr(retrieval, "library_text", lambda: "x = 1\n" * 2000)
+    with pytest.raises(ValueError, match=r"Python's library, has \d,\d{3} tokens, fewer than"):
+        retrieval.library_document(load_tokenizer(model_directory), 65536)
+
+
 def test_a_log_that_an_error_names_is_kept() -> None:
     with pytest.raises(ChildProcessError), serve.workspace() as folder:
         raise ChildProcessError(f"see {folder}")
