@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
-from hip_kernels.ops import attend, plan_blocks, summarize
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.ops import attend, plan_blocks, pool, summarize
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,6 +34,7 @@ class Case:
 
     kv: PagedKV
     summaries: Summaries
+    nodes: Summaries
     page_table: Tensor  # [1, P]
     context: int
     rows: int  # query tokens
@@ -62,7 +63,12 @@ class Case:
         summaries = Summaries.empty(len(pages), kv_heads, width, kv.value.shape[2], means=means)
         for some in pages[: context // PAGE_SIZE].split(256):
             summarize(kv, some, summaries)
-        return cls(kv, summaries, pages[None], context, rows, query_heads)
+        count = context // PAGE_SIZE // NODE_PAGES
+        value_width = kv.value.shape[2]
+        nodes = Summaries.empty(count, kv_heads, width, value_width, means=means)
+        for some in torch.arange(count).split(32):
+            pool(summaries, some[:, None] * NODE_PAGES + torch.arange(NODE_PAGES), some, nodes)
+        return cls(kv, summaries, nodes, pages[None], context, rows, query_heads)
 
     def queries(self, seed: int) -> Tensor:
         """[rows, Hq, D], scaled so that attention is neither uniform nor a single token."""
@@ -76,13 +82,15 @@ class Case:
             self.page_table,
             sparse_from=plan.sparse_from,
             sparse_decode_from=plan.sparse_decode_from,
+            nodes_from=plan.nodes_from,
+            node_table=torch.arange(self.nodes.pages)[None],
         )
 
         def run(query: Tensor) -> Tensor:
             out = torch.zeros_like(query)
             for block in blocks:
                 scale = query.shape[2] ** -0.5
-                attend(query, self.kv, self.summaries, block, plan.pages, scale, out)
+                attend(query, self.kv, self.summaries, block, plan.pages, scale, out, self.nodes)
             return out
 
         return run

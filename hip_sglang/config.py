@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hip_kernels.layout import PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan, Strategy
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan, Strategy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+NODE_TOKENS = NODE_PAGES * PAGE_SIZE
 Preset = Literal["balanced", "quality", "dense", "paper"]
 Phase = Literal["sparse", "dense"]
 Tokens = Annotated[int, Field(strict=True)]
@@ -39,6 +40,7 @@ class LayerPlan:
     means: int  # mean keys a page: 4 of 16 tokens, or 1
     sparse_from: int | None  # prefill blocks at this position or later prune; None: never
     sparse_decode_from: int | None  # the same of decode steps
+    nodes_from: int | None  # decode steps at this position or later search through nodes
 
     @property
     def prunes(self) -> bool:
@@ -48,17 +50,20 @@ class LayerPlan:
         """The share of the KV that a sparse decode step reads, in bytes.
 
         It reads keys and values of the exact pages, the keys that the search looks at, and the
-        summaries of every visible page: those before the page that the token stands in.
+        summaries of every visible page, or of every node and of the pages of some.
         """
         remainder, budget = self.pages.remainder, self.pages.budget_pages
         rows = 0
         if self.pages.reads_summaries:
             rows = self.means + (remainder != "none") + (remainder not in ("none", "mean"))
+        weighed = visible_pages
+        if self.nodes_from is not None and visible_pages * PAGE_SIZE >= self.nodes_from:
+            weighed = visible_pages // NODE_PAGES + self.pages.beam * NODE_PAGES
         if self.pages.strategy == "tree":
             looked = 2 * budget * max(0, -(-visible_pages // budget) - 1).bit_length()
         else:
             looked = min(self.pages.second_look * budget, visible_pages) * PAGE_SIZE
-        read = 2 * exact_pages * PAGE_SIZE + looked + rows * visible_pages
+        read = 2 * exact_pages * PAGE_SIZE + looked + rows * weighed
         return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
 
 
@@ -116,6 +121,18 @@ class HipConfig(BaseModel):
         description="decode steps choose by real keys, reading this many times the budget of the "
         "most promising ones; 0 trusts the summaries",
     )
+    node_threshold: Tokens = Field(
+        default=262144,
+        ge=0,
+        description="decode steps at positions from this on weigh nodes of 512 tokens first, and "
+        "then the pages of the heaviest ones; below, every page",
+    )
+    beam: Tokens = Field(
+        default=65536,
+        ge=NODE_TOKENS,
+        description="tokens of the nodes whose pages a decode step weighs beyond node_threshold; "
+        f"at least one node of {NODE_TOKENS}",
+    )
     remainder: Remainder = Field(
         default="harmonic",
         description="how pages that are not attended exactly are estimated; none drops them",
@@ -136,6 +153,11 @@ class HipConfig(BaseModel):
     @classmethod
     def _whole_pages(cls, tokens: int) -> int:
         return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+    @field_validator("beam")
+    @classmethod
+    def _whole_nodes(cls, tokens: int) -> int:
+        return -(-tokens // NODE_TOKENS) * NODE_TOKENS
 
     @field_validator("trace")
     @classmethod
@@ -165,6 +187,14 @@ class HipConfig(BaseModel):
             problems = "; ".join(_explain(detail) for detail in error.errors())
             raise ConfigError(origin + problems) from None
 
+    @property
+    def nodes_from(self) -> int | None:
+        """The position from which on decode steps search through nodes; None: never."""
+        if self.strategy == "tree" or self.decode == "dense":
+            return None
+        # where the beam holds every node, there is nothing to search through
+        return max(self.node_threshold, self.beam)
+
     def layer_plan(self, layer_id: int) -> LayerPlan:
         """The settings of one layer, in pages."""
         pages = SparsePlan(
@@ -174,6 +204,7 @@ class HipConfig(BaseModel):
             remainder=self.remainder,
             second_look=self.second_look,
             strategy=self.strategy,
+            beam=self.beam // NODE_TOKENS,
         )
         # where the exact pages hold all of the context, pruning would keep everything
         start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
@@ -183,6 +214,7 @@ class HipConfig(BaseModel):
             means=SUB_PAGES if self.sub_page_means else 1,
             sparse_from=None if dense or self.prefill == "dense" else start,
             sparse_decode_from=None if dense or self.decode == "dense" else start,
+            nodes_from=self.nodes_from,
         )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hip_kernels.layout import PAGE_SIZE
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE
 
 from hip_sglang.config import HipConfig, LayerPlan
 
@@ -120,7 +120,7 @@ def sentences(plan: LayerPlan) -> list[str]:
     found.append(
         f"a sparse query attends exactly to {sizes} = {pages.exact_pages * PAGE_SIZE:,} tokens"
     )
-    return [*found, _search(plan), _rest(plan)]
+    return [*found, *_search(plan), _rest(plan)]
 
 
 def _phase(start: int | None) -> str:
@@ -129,17 +129,22 @@ def _phase(start: int | None) -> str:
     return f"dense at positions below {start:,}, sparse from there"
 
 
-def _search(plan: LayerPlan) -> str:
+def _search(plan: LayerPlan) -> list[str]:
     pages = plan.pages
     if pages.strategy == "tree":
-        return "the budget is filled by HiP's published search, which reads single keys"
-    if not pages.second_look or plan.sparse_decode_from is None:
-        return "the budget is filled by the summaries of all pages"
-    looked = pages.second_look * pages.budget_pages * PAGE_SIZE
-    return (
-        "the budget is filled by the summaries of all pages; a decode step then looks at up to "
-        f"{looked:,} keys"
-    )
+        return ["the budget is filled by HiP's published search, which reads single keys"]
+    found = ["the budget is filled by the summaries of all pages"]
+    if plan.sparse_decode_from is None:
+        return found
+    if pages.second_look:
+        looked = pages.second_look * pages.budget_pages * PAGE_SIZE
+        found[0] += f"; a decode step then looks at up to {looked:,} keys"
+    if plan.nodes_from is not None:
+        found.append(
+            f"decode steps at positions from {first_sparse_position(plan.nodes_from):,} weigh "
+            f"nodes of {NODE_PAGES * PAGE_SIZE} tokens, and the pages of the {pages.beam} heaviest"
+        )
+    return found
 
 
 def _rest(plan: LayerPlan) -> str:

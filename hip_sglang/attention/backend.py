@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from hip_kernels.layout import PagedKV
-from hip_kernels.ops import attend, summarize
+from hip_kernels.layout import PAGE_SIZE, PagedKV
+from hip_kernels.ops import attend, pool, summarize
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from hip_sglang.attention.plan import ForwardPlan
 from hip_sglang.attention.trace import SelectionTrace
 from hip_sglang.config import HipConfig
+from hip_sglang.kv.node_directory import NodeDirectory
 from hip_sglang.kv.summary_pool import SummaryPool
 
 if TYPE_CHECKING:
@@ -33,11 +34,16 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.pool = runner.token_to_kv_pool
         layers = range(self.pool.start_layer, self.pool.start_layer + self.pool.layer_num)
         self.layers = {layer: config.layer_plan(layer) for layer in layers}
-        self.summaries = SummaryPool(self.pool, self.layers)
+        self.nodes_from = config.nodes_from
+        self.nodes: NodeDirectory | None = None
+        if self.nodes_from is not None and self.nodes_from < self.req_to_token.shape[1]:
+            pages = self.pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
+            self.nodes = NodeDirectory(pages, len(self.req_to_token), self.req_to_token.device)
+        self.summaries = SummaryPool(self.pool, self.layers, self.nodes.places if self.nodes else 0)
         self.trace = SelectionTrace(config.trace, runner.tp_rank) if config.trace else None
         self.plan: ForwardPlan | None = None
         logger.info(
-            "hip_attention: %s; %s page summaries = %.2f GiB",
+            "hip_attention: %s; summaries of %s pages = %.2f GiB",
             config.model_dump_json(),
             f"{self.summaries.pages:,}",
             self.summaries.nbytes / 2**30,
@@ -47,7 +53,9 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self.plan = ForwardPlan.of(forward_batch, self.req_to_token)
+        self.plan = ForwardPlan.of(
+            forward_batch, self.req_to_token, self.nodes, self.nodes_from or 0
+        )
 
     def forward_decode(
         self,
@@ -84,7 +92,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         key, value = self.pool.get_kv_buffer(layer.layer_id)
         kv = PagedKV(key, value)
-        summaries = self.summaries[layer.layer_id]
+        summaries = self.summaries.pages_of(layer.layer_id)
+        nodes = self.summaries.nodes_of(layer.layer_id)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # rows of padding, where the batch has any, stay zero
         out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
@@ -92,8 +101,12 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         if layer_plan.prunes:
             # before attending: later blocks of this very chunk prune pages that it completes
             summarize(kv, plan.completed, summaries)
+            if plan.nodes is not None:
+                pool(summaries, plan.nodes.new_pages, plan.nodes.new_places, nodes)
         for blocks in plan.blocks(layer_plan):
-            selection = attend(query, kv, summaries, blocks, layer_plan.pages, layer.scaling, out)
+            selection = attend(
+                query, kv, summaries, blocks, layer_plan.pages, layer.scaling, out, nodes
+            )
             if self.trace is not None and selection is not None:
                 self.trace.write(layer.layer_id, layer_plan, plan, blocks, selection)
         return out.flatten(1)

@@ -6,14 +6,50 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, QueryBlocks
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, QueryBlocks
 from hip_kernels.ops import plan_blocks
 from torch import Tensor
+
+from hip_sglang.kv.node_directory import NodeDirectory
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from hip_sglang.config import LayerPlan
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """The nodes of the requests that are long enough for them."""
+
+    start: int  # blocks at this position or later use nodes
+    table: Tensor  # [B, J] where each request's nodes are; past its last one anything
+    new_pages: Tensor  # [C, NODE_PAGES] physical pages of the nodes that are to be made now
+    new_places: Tensor  # [C] and where they go
+
+    @classmethod
+    def of(
+        cls,
+        directory: NodeDirectory,
+        start: int,
+        seq_lens: list[int],
+        page_table: Tensor,
+        completed: Tensor,
+    ) -> NodePlan | None:
+        """None where no request is long enough."""
+        directory.forget(completed)
+        pages = (torch.tensor(seq_lens, device=page_table.device) - 1) // PAGE_SIZE
+        count = (pages // NODE_PAGES).where(pages * PAGE_SIZE >= start, 0)  # [B]
+        most = int(count.max()) if len(seq_lens) else 0
+        if most == 0:
+            return None
+        children = page_table[:, : most * NODE_PAGES].reshape(-1, most, NODE_PAGES)
+        real = torch.arange(most, device=count.device) < count[:, None]  # [B, J]
+        pages_of = children[real]  # [K, NODE_PAGES]
+        places, new = directory.find(pages_of[:, -1])
+        table = torch.zeros_like(real, dtype=torch.int64)
+        table[real] = places
+        return cls(start, table, pages_of[new], places[new])
 
 
 @dataclass
@@ -25,10 +61,17 @@ class ForwardPlan:
     page_table: Tensor  # [B, P] physical pages; past a request's end anything
     completed: Tensor  # [C] physical pages whose 64th token this pass writes
     request_ids: list[str]
+    nodes: NodePlan | None = None
     _blocks: dict[tuple[int | None, int | None], list[QueryBlocks]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: ForwardBatch, req_to_token: Tensor) -> ForwardPlan:
+    def of(
+        cls,
+        batch: ForwardBatch,
+        req_to_token: Tensor,
+        directory: NodeDirectory | None,
+        nodes_from: int,
+    ) -> ForwardPlan:
         """req_to_token: SGLang's table [rows, context], slot of each request's every token."""
         assert batch.seq_lens_cpu is not None
         seq_lens = batch.seq_lens_cpu.tolist()
@@ -40,12 +83,17 @@ class ForwardPlan:
         # a page is 64 slots in a row, so its first token tells where it is
         first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
         page_table = first_slots.long() // PAGE_SIZE
+        completed = completed_pages(prefix_lens, seq_lens, page_table)
+        nodes = None
+        if directory is not None:
+            nodes = NodePlan.of(directory, nodes_from, seq_lens, page_table, completed)
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,
             page_table=page_table,
-            completed=completed_pages(prefix_lens, seq_lens, page_table),
+            completed=completed,
             request_ids=list(batch.rids or []),
+            nodes=nodes,
         )
 
     def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
@@ -58,6 +106,8 @@ class ForwardPlan:
                 self.page_table,
                 sparse_from=layer.sparse_from,
                 sparse_decode_from=layer.sparse_decode_from,
+                nodes_from=None if self.nodes is None else self.nodes.start,
+                node_table=None if self.nodes is None else self.nodes.table,
             )
         return self._blocks[key]
 

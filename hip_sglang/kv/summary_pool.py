@@ -1,4 +1,4 @@
-"""Page summaries beside SGLang's own KV pool, one set a layer."""
+"""Summaries of pages and nodes beside SGLang's own KV pool, one set a layer."""
 
 from __future__ import annotations
 
@@ -13,29 +13,37 @@ if TYPE_CHECKING:
 
 
 class SummaryPool:
-    """Summaries by the pool's physical pages, for the layers that may prune."""
+    """Summaries by the pool's physical pages, for the layers that may prune, and of nodes."""
 
-    def __init__(self, pool: Any, layers: Mapping[int, LayerPlan]) -> None:
-        """pool: SGLang's ``KVCache``; layers by their global id."""
+    def __init__(self, pool: Any, layers: Mapping[int, LayerPlan], nodes: int) -> None:
+        """pool: SGLang's ``KVCache``; layers by their global id; nodes: places for them."""
         self._layers: dict[int, Summaries] = {}
+        self._nodes: dict[int, Summaries] = {}
         self.pages = 0
         for layer_id, plan in layers.items():
             key, value = pool.get_kv_buffer(layer_id)
             self.pages = key.shape[0] // PAGE_SIZE
-            self._layers[layer_id] = Summaries.empty(
-                self.pages if plan.prunes else 0,
-                key.shape[1],
-                key.shape[2],
-                value.shape[2],
-                means=plan.means,
-                # half precision otherwise: float16 keeps more of a mean than bfloat16 does
-                dtype=torch.float32 if key.dtype == torch.float32 else torch.float16,
-                device=key.device,
-            )
+            for held, count in ((self._layers, self.pages), (self._nodes, nodes)):
+                held[layer_id] = Summaries.empty(
+                    count if plan.prunes else 0,
+                    key.shape[1],
+                    key.shape[2],
+                    value.shape[2],
+                    means=plan.means,
+                    # half precision otherwise: float16 keeps more of a mean than bfloat16 does
+                    dtype=torch.float32 if key.dtype == torch.float32 else torch.float16,
+                    device=key.device,
+                )
 
-    def __getitem__(self, layer_id: int) -> Summaries:
+    def pages_of(self, layer_id: int) -> Summaries:
+        """The summaries of a layer's pages."""
         return self._layers[layer_id]
+
+    def nodes_of(self, layer_id: int) -> Summaries:
+        """The summaries of a layer's nodes, by their place in the ``NodeDirectory``."""
+        return self._nodes[layer_id]
 
     @property
     def nbytes(self) -> int:
-        return sum(summaries.nbytes for summaries in self._layers.values())
+        held = [*self._layers.values(), *self._nodes.values()]
+        return sum(summaries.nbytes for summaries in held)

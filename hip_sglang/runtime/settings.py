@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, SUB_PAGES
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
 from hip_sglang.runtime import doors, host_platform
@@ -25,8 +25,9 @@ REQ_TO_TOKEN_BYTES = 1 << 30
 KV_SHARE_OF_FREE_MEMORY = 1 / 3
 # a CPU host's pool is cleared at start, so it is no larger than a few of the longest contexts
 FULL_CONTEXTS_ON_CPU = 4
-# beside 64 keys and 64 values, a page has its sub-page means, one sigma and one mean value
-SUMMARY_SHARE_OF_KV = (SUB_PAGES + 2) / (2 * PAGE_SIZE)
+# beside 64 keys and 64 values, a page has its sub-page means, one sigma and one mean value; a node
+# has as many
+SUMMARY_SHARE_OF_KV = (1 + 1 / NODE_PAGES) * (SUB_PAGES + 2) / (2 * PAGE_SIZE)
 
 
 def require_host_platform(server_args: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, LocalPages, QueryBlocks
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, LocalPages, QueryBlocks
 
 _NEVER = 1 << 62
 
@@ -19,6 +19,8 @@ def plan_blocks(
     *,
     sparse_from: int | None,
     sparse_decode_from: int | None,
+    nodes_from: int | None = None,
+    node_table: Tensor | None = None,
 ) -> list[QueryBlocks]:
     """Cut a batch of extends into query blocks that can be computed together.
 
@@ -30,6 +32,9 @@ def plan_blocks(
 
     The last row of an incomplete page predicts the first new token. Where it prunes it is a block
     of its own, as the decode steps after it: it need not share a budget with up to 62 others.
+
+    Blocks of one row that prune and stand at ``nodes_from`` or later search through nodes:
+    node_table [B, J] leads from a request's n-th node of ``NODE_PAGES`` pages to where it is.
     """
     prefix = torch.tensor(prefix_lens, dtype=torch.int64)
     length = torch.tensor(seq_lens, dtype=torch.int64)
@@ -53,6 +58,8 @@ def plan_blocks(
             start=start[requests],
             table=page_table[requests],
             rows=rows,
+            nodes_from=nodes_from if rows == 1 else None,
+            node_table=None if node_table is None else node_table[requests],
         )
 
     found = of(decode, length, 1, sparse_decode_from)
@@ -80,33 +87,45 @@ def _split_by(
     start: Tensor,  # [N | 1]
     table: Tensor,  # [N | 1, P]
     rows: int,
+    nodes_from: int | None = None,
+    node_table: Tensor | None = None,  # [N, J]
 ) -> list[QueryBlocks]:
-    """The blocks below the threshold, which keep every page, and those that prune."""
+    """Blocks below the threshold, which keep every page, those that prune, those with nodes."""
     base = page * PAGE_SIZE if rows == PAGE_SIZE else length - 1
     position = base[:, None] + torch.arange(rows)  # [N, R]
     real = (position >= prefix[:, None]) & (position < length[:, None])
     tokens = (start[:, None] + position - prefix[:, None]).where(real, start[:, None])
     position = position.where(real, -1)
-    sparse = torch.zeros_like(page, dtype=torch.bool)
-    if threshold is not None:
-        sparse = page * PAGE_SIZE >= threshold
+    at = page * PAGE_SIZE
+    sparse = at >= (_NEVER if threshold is None else threshold)
+    far = sparse & (at >= (_NEVER if nodes_from is None else nodes_from))
     found = []
-    for prunes, members in ((False, ~sparse), (True, sparse)):
+    for members in (~sparse, sparse & ~far, far):
         if not bool(members.any()):
             continue
         some = page[members]
-        pages = int(some.max()) + 1
-        near = (table if table.shape[0] == 1 else table[members])[:, :pages].long()
-        # beyond its end a request's row holds whatever was there: any page of its own will do
-        own = torch.arange(near.shape[1]) <= (some[:, None] if len(near) > 1 else pages - 1)
-        near = near.where(own, near[:, :1])
+        near = _rows(table, members, some + 1)
+        nodes = None
+        if bool(far[members].all()):
+            assert node_table is not None
+            nodes = LocalPages.of(_rows(node_table, members, some // NODE_PAGES))
         found.append(
             QueryBlocks(
                 tokens=tokens[members],
                 position=position[members],
                 page=some,
                 table=near,
-                local=LocalPages.of(near) if prunes else None,
+                local=LocalPages.of(near) if bool(sparse[members].all()) else None,
+                nodes=nodes,
             )
         )
     return found
+
+
+def _rows(table: Tensor, members: Tensor, count: Tensor) -> Tensor:
+    """Of table [N | 1, P] the rows of the members, each ``count`` [N] entries long."""
+    longest = int(count.max())
+    near = (table if len(table) == 1 else table[members])[:, :longest].long()
+    # beyond its end a request's row holds whatever was there: any page of its own will do
+    own = torch.arange(longest) < (count[:, None] if len(near) > 1 else longest)
+    return near.where(own, near[:, :1])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 PAGE_SIZE = 64
 SUB_PAGES = 4
+NODE_PAGES = 8
 FEW_ROWS = 16
 
 Strategy = Literal["summary", "tree"]
@@ -32,6 +33,7 @@ class SparsePlan:
     remainder: Remainder = "harmonic"
     second_look: int = 0  # decode: choose by real keys, of this many times the budget
     strategy: Strategy = "summary"  # tree: HiP as published, which never looks at summaries
+    beam: int = 128  # nodes whose pages are weighed, where a block searches through nodes
 
     @property
     def exact_pages(self) -> int:
@@ -143,6 +145,26 @@ class Summaries:
     def pages(self) -> int:
         return self.sigma.shape[1]
 
+    def each_head(self, pages: Tensor) -> Iterator[Summaries]:
+        """Keys of physical pages [Hkv, N, S], a head at a time: mean [N, L, S, D], no values.
+
+        In float32, and overwritten by the next head's (see ``PagedKV``).
+        """
+        heads, means, _, width = self.mean.shape
+        count = pages[0].numel()
+        mean = self.mean.new_empty(means, count, width)
+        sigma = self.sigma.new_empty(count, width)
+        for head in range(heads):
+            at = pages[head].flatten()
+            torch.index_select(self.mean[head], 1, at, out=mean)
+            torch.index_select(self.sigma[head], 0, at, out=sigma)
+            shape = (*pages.shape[1:], width)
+            yield Summaries(
+                mean.float().view(means, *shape).transpose(0, 1),
+                sigma.float().view(shape),
+                sigma.new_empty(0),
+            )
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mean, self.sigma, self.value
@@ -164,10 +186,10 @@ class Summaries:
 
 @dataclass(frozen=True)
 class LocalPages:
-    """The pool pages that some query blocks can see, and the table that leads to them."""
+    """The pool pages (or nodes) that some query blocks can see, and a table that leads to them."""
 
-    pages: slice | Tensor  # physical pages: a run of the pool, or an index [S]
-    table: Tensor  # [N | 1, P] logical page -> position in ``pages``
+    pages: slice | Tensor  # physical ones: a run of the pool, or an index [S]
+    table: Tensor  # [N | 1, P] logical -> position in ``pages``
 
     @classmethod
     def of(cls, table: Tensor) -> LocalPages:
@@ -178,6 +200,14 @@ class LocalPages:
             return cls(slice(low, high), table - low)
         pages, local = torch.unique(table, return_inverse=True)
         return cls(pages, local)
+
+    def trim(self, blocks: slice, pages: int) -> LocalPages:
+        """What some of the blocks see, up to a logical page."""
+        return LocalPages(self.pages, _trim(self.table, blocks, pages))
+
+
+def _trim(table: Tensor, blocks: slice, pages: int) -> Tensor:
+    return (table if table.shape[0] == 1 else table[blocks])[:, :pages]
 
 
 @dataclass(frozen=True)
@@ -193,6 +223,7 @@ class QueryBlocks:
     page: Tensor  # [N] the logical page that holds the block; pages before it are its context
     table: Tensor  # [N | 1, P] physical pages in logical order; 1 when all blocks share a request
     local: LocalPages | None  # where the context's summaries are; None keeps every page
+    nodes: LocalPages | None = None  # where those of its nodes are; None weighs every page
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -204,16 +235,13 @@ class QueryBlocks:
             page = self.page[part]
             seen = int(page.max()) + 1
 
-            def trim(table: Tensor, part: slice = part, seen: int = seen) -> Tensor:
-                return (table if table.shape[0] == 1 else table[part])[:, :seen]
-
-            local = self.local
             yield QueryBlocks(
                 tokens=self.tokens[part],
                 position=self.position[part],
                 page=page,
-                table=trim(self.table),
-                local=local and LocalPages(local.pages, trim(local.table)),
+                table=_trim(self.table, part, seen),
+                local=self.local and self.local.trim(part, seen),
+                nodes=self.nodes and self.nodes.trim(part, seen // NODE_PAGES),
             )
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from hip_kernels.attend.reference import attend
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.summarize.reference import summarize
+from hip_kernels.summarize.reference import pool, summarize
 
-__all__ = ["attend", "plan_blocks", "summarize"]
+__all__ = ["attend", "plan_blocks", "pool", "summarize"]

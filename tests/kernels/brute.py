@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
-from hip_kernels.ops import attend, plan_blocks, summarize
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.ops import attend, plan_blocks, pool, summarize
 from torch import Tensor
 
 
@@ -66,6 +66,20 @@ def scatter(requests: list[Request], *, means: int = 4, spare: int = 3, seed: in
     return Pool(kv, summaries, table)
 
 
+def with_nodes(here: Pool, requests: list[Request], seed: int) -> tuple[Summaries, Tensor]:
+    """The nodes of all requests in a random order, and the table that leads to them."""
+    counts = [request.length // PAGE_SIZE // NODE_PAGES for request in requests]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))
+    heads, means, _, width = here.summaries.mean.shape
+    nodes = Summaries.empty(len(order), heads, width, here.summaries.value.shape[2], means=means)
+    table = torch.full((len(requests), max(counts)), 0)
+    for row, (count, mine) in enumerate(zip(counts, order.split(counts), strict=True)):
+        table[row, :count] = mine
+        pages = here.page_table[row, : count * NODE_PAGES].view(-1, NODE_PAGES)
+        pool(here.summaries, pages, mine, nodes)
+    return nodes, table
+
+
 def make_requests(
     shapes: list[tuple[int, int]], *, heads: int, width: int, value_width: int, seed: int = 0
 ) -> list[Request]:
@@ -88,21 +102,28 @@ def run(
     *,
     sparse_from: int | None,
     sparse_decode_from: int | None,
+    nodes_from: int | None = None,
     means: int = 4,
     seed: int = 0,
 ) -> Tensor:
     """The door of the kernels: everything a backend does in one layer, on a scattered pool."""
-    pool = scatter(requests, means=means, seed=seed)
+    here = scatter(requests, means=means, seed=seed)
+    nodes, node_table = None, None
+    if nodes_from is not None:
+        nodes, node_table = with_nodes(here, requests, seed)
     out = torch.full((query.shape[0], query.shape[1], requests[0].value.shape[2]), math.nan)
     blocks = plan_blocks(
         [request.prefix for request in requests],
         [request.length for request in requests],
-        pool.page_table,
+        here.page_table,
         sparse_from=sparse_from,
         sparse_decode_from=sparse_decode_from,
+        nodes_from=nodes_from,
+        node_table=node_table,
     )
+    scale = query.shape[2] ** -0.5
     for block in blocks:
-        attend(query, pool.kv, pool.summaries, block, plan, query.shape[2] ** -0.5, out)
+        attend(query, here.kv, here.summaries, block, plan, scale, out, nodes)
     return out
 
 
@@ -113,6 +134,7 @@ def expected(
     *,
     sparse_from: int | None,
     sparse_decode_from: int | None,
+    nodes_from: int | None = None,
     means: int = 4,
 ) -> Tensor:
     """The same by loops in float64."""
@@ -134,13 +156,14 @@ def expected(
                 group_heads = slice(head * group, (head + 1) * group)
                 block = mine[low - request.prefix : high - request.prefix, group_heads]
                 single = high - low == 1
-                exact, read = set(range(page + 1)), []
+                far = nodes_from is not None and page * PAGE_SIZE >= nodes_from
+                seen = Seen(set(range(page + 1)))
                 if prune:
-                    exact, read = one.exact_pages(block, page, plan, single)
+                    seen = one.look(block.flatten(0, 1), page, plan, single, single and far)
                 for t in range(low, high):
                     for g in range(group):
                         result[t - request.prefix, head * group + g] = one.attend(
-                            block[t - low, g], t, exact, read, plan
+                            block[t - low, g], t, seen, plan
                         )
         outputs.append(result)
     return torch.cat(outputs)
@@ -156,6 +179,16 @@ def query_blocks(request: Request) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ordered))
 
 
+@dataclass
+class Seen:
+    """What a block attends exactly, estimates, and has read to choose: pages, nodes, sub-pages."""
+
+    exact: set[int]
+    pages: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    read: list[tuple[int, int]] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class Head:
     """One KV head of one request."""
@@ -164,18 +197,17 @@ class Head:
     value: Tensor  # [T, Dv]
     means: int  # sub-pages a page
 
-    def exact_pages(
-        self, block: Tensor, page: int, plan: SparsePlan, single: bool
-    ) -> tuple[set[int], list[tuple[int, int]]]:
-        """block [R, G, D]: sink, window, own page, and the best of the rest; sub-pages read."""
+    def look(self, rows: Tensor, page: int, plan: SparsePlan, single: bool, far: bool) -> Seen:
+        """rows [M, D] of a block in ``page``: what they attend exactly and what they estimate."""
         sink = set(range(min(plan.sink_pages, page)))
         window = set(range(max(0, page - plan.window_pages), page + 1))
-        rest = [p for p in range(page) if p not in sink | window]
-        rows = block.flatten(0, 1)
         if plan.strategy == "tree":
-            return sink | window | self.searched(rows, page, plan), []
-        logits = [[self.pruned_logit(q, p, plan) for p in range(page)] for q in rows]
-        mass = torch.tensor(logits, dtype=torch.float64).view(len(rows), page).logsumexp(1)
+            exact = sink | window | self.searched(rows, page, plan)
+            return Seen(exact, [p for p in range(page) if p not in exact])
+        pages, nodes = list(range(page)), []
+        if far:
+            pages, nodes = self.beam(rows, page, plan)
+        mass = self.mass(rows, pages, nodes, plan)
 
         def share(score: Callable[[Tensor], float]) -> float:
             return max(score(q) - float(m) for q, m in zip(rows, mass, strict=True))
@@ -183,21 +215,50 @@ class Head:
         def estimated(p: int) -> float:
             return share(lambda q: self.pruned_logit(q, p, plan))
 
-        if not (single and plan.second_look):
-            return sink | window | set(sorted(rest, key=estimated)[-plan.budget_pages :]), []
+        rest = [p for p in pages if p not in sink | window]
+        read: list[tuple[int, int]] = []
+        chosen = sorted(rest, key=estimated)[-plan.budget_pages :]
+        if single and plan.second_look:
 
-        def promise(place: tuple[int, int]) -> float:
-            return share(lambda q: self.sub_page_logit(q, place, plan))
+            def promise(place: tuple[int, int]) -> float:
+                return share(lambda q: self.sub_page_logit(q, place, plan))
 
-        places = sorted(((p, part) for p in rest for part in range(self.means)), key=promise)
-        read = places[-plan.second_look * plan.budget_pages * self.means :]
+            places = sorted(((p, part) for p in rest for part in range(self.means)), key=promise)
+            read = places[-plan.second_look * plan.budget_pages * self.means :]
 
-        def true(p: int) -> float:
-            keys = torch.cat([self.sub_page(place) for place in read if place[0] == p])
-            return share(lambda q: float((keys @ q).logsumexp(0)))
+            def true(p: int) -> float:
+                keys = torch.cat([self.sub_page(place) for place in read if place[0] == p])
+                return share(lambda q: float((keys @ q).logsumexp(0)))
 
-        chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
-        return sink | window | set(chosen), read
+            chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
+        exact = sink | window | set(chosen)
+        return Seen(exact, [p for p in pages if p not in exact], nodes, read)
+
+    def beam(self, rows: Tensor, page: int, plan: SparsePlan) -> tuple[list[int], list[int]]:
+        """The pages that are weighed by themselves, and the nodes that hold the others."""
+        first = -(-plan.sink_pages // NODE_PAGES)
+        end = max(first, (page - plan.window_pages) // NODE_PAGES)
+        edges = [*range(first * NODE_PAGES), *range(end * NODE_PAGES, page)]
+        edges = [p for p in edges if p < page]
+        nodes = list(range(first, end))
+        mass = self.mass(rows, edges, nodes, plan)
+
+        def share(node: int) -> float:
+            logits = [self.pruned_logit(q, node, plan, NODE_PAGES) for q in rows]
+            return max(logit - float(m) for logit, m in zip(logits, mass, strict=True))
+
+        ranked = sorted(nodes, key=share, reverse=True)
+        pages = [node * NODE_PAGES + n for node in ranked[: plan.beam] for n in range(NODE_PAGES)]
+        return edges + pages, ranked[plan.beam :]
+
+    def mass(self, rows: Tensor, pages: list[int], nodes: list[int], plan: SparsePlan) -> Tensor:
+        """[M]: the log-sum-exp over all pages before the block."""
+        logits = [
+            [self.pruned_logit(q, p, plan) for p in pages]
+            + [self.pruned_logit(q, node, plan, NODE_PAGES) for node in nodes]
+            for q in rows
+        ]
+        return torch.tensor(logits, dtype=torch.float64).view(len(rows), -1).logsumexp(1)
 
     def sub_page(self, place: tuple[int, int]) -> Tensor:
         page, part = place
@@ -236,16 +297,18 @@ class Head:
         return {start for start, end in chunks if start < end}
 
     @cache  # noqa: B019 - a head lives as long as its test
-    def summary(self, page: int) -> tuple[Tensor, Tensor]:
-        parts = self.key[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].chunk(self.means)
+    def summary(self, number: int, pages: int = 1) -> tuple[Tensor, Tensor]:
+        """Means and deviation of a page, or of a node of several."""
+        span = pages * PAGE_SIZE
+        parts = self.key[number * span : (number + 1) * span].chunk(self.means)
         means = torch.stack([part.mean(0) for part in parts])
         spread = torch.cat([(part - part.mean(0)) ** 2 for part in parts])
         return means, spread.mean(0).sqrt()
 
-    def pruned_logit(self, q: Tensor, page: int, plan: SparsePlan) -> float:
-        """A pruned page as one key."""
-        means, sigma = self.summary(page)
-        mean = float((means @ q).logsumexp(0)) + math.log(PAGE_SIZE / self.means)
+    def pruned_logit(self, q: Tensor, number: int, plan: SparsePlan, pages: int = 1) -> float:
+        """A pruned page or node as one key."""
+        means, sigma = self.summary(number, pages)
+        mean = float((means @ q).logsumexp(0)) + math.log(pages * PAGE_SIZE / self.means)
         return mean + self.spread(q, sigma, plan)
 
     def spread(self, q: Tensor, sigma: Tensor, plan: SparsePlan) -> float:
@@ -259,18 +322,18 @@ class Head:
             return quadratic * linear / (quadratic + linear) if quadratic + linear else 0.0
         return 0.0
 
-    def attend(
-        self, q: Tensor, t: int, exact: set[int], read: list[tuple[int, int]], plan: SparsePlan
-    ) -> Tensor:
+    def attend(self, q: Tensor, t: int, seen: Seen, plan: SparsePlan) -> Tensor:
         logits, values = [], []
-        correction = self.correction(q, read, plan)
-        for page in range(t // PAGE_SIZE + 1):
+        for page in seen.exact:
             span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
-            if page in exact:
-                logits += [float(q @ k) for k in self.key[span]]
-                values += list(self.value[span])
-            elif plan.remainder != "none":
-                logits.append(self.pruned_logit(q, page, plan) + correction)
+            logits += [float(q @ k) for k in self.key[span]]
+            values += list(self.value[span])
+        if plan.remainder != "none":
+            correction = self.correction(q, seen.read, plan)
+            pruned = [(page, 1) for page in seen.pages] + [(n, NODE_PAGES) for n in seen.nodes]
+            for number, size in pruned:
+                span = slice(number * size * PAGE_SIZE, (number + 1) * size * PAGE_SIZE)
+                logits.append(self.pruned_logit(q, number, plan, size) + correction)
                 values.append(self.value[span].mean(0))
         weight = torch.tensor(logits, dtype=torch.float64).softmax(0)
         return weight @ torch.stack(values)

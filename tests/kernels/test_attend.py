@@ -66,6 +66,30 @@ def test_the_published_search_equals_plain_loops(remainder: Remainder, budget: i
     torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("means", [4, 1])
+@pytest.mark.parametrize("second_look", [0, 1])
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_search_through_nodes_equals_plain_loops(means: int, second_look: int, beam: int) -> None:
+    plan = SparsePlan(1, 3, 2, "harmonic", second_look, beam=beam)
+    # decode steps with and without nodes, at a node's last page and first; the end of a prompt
+    shapes = [(3500, 1), (2047, 1), (2048, 1), (900, 1), (1990, 40), (5700, 1)]
+    requests = make_requests(shapes, heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    limits = {"sparse_from": 1920, "sparse_decode_from": 128, "nodes_from": 1500, "means": means}
+    found = run(requests, query, plan, **limits)
+    reference = expected(requests, query, plan, **limits)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_beam_of_all_nodes_weighs_every_page() -> None:
+    plan = SparsePlan(1, 3, 2, "harmonic", 1, beam=99)
+    requests = make_requests([(3500, 1), (2047, 1)], heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    limits = {"sparse_from": None, "sparse_decode_from": 0}
+    with_nodes = run(requests, query, plan, **limits, nodes_from=0)
+    torch.testing.assert_close(with_nodes, run(requests, query, plan, **limits))
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 300)), min_size=1, max_size=4),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from hip_kernels.layout import SparsePlan
-from hip_kernels.select.reference import NEVER, choose, mark, spread
+from hip_kernels.select.reference import best, with_fixed_pages
+from hip_kernels.select.weigh import NEVER, Context, PageLogits, mark, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,17 @@ def test_every_visible_page_is_exact_once_or_pruned(
     score[:, 0] = score[:, 0].round()
     score[torch.rand(score.shape, generator=generator) < 0.1] = NEVER
     plan = SparsePlan(sink, window, budget)
-    selection = choose(score, page, plan)
+    # pages lie in any order in the pool; some columns are nothing that the block can see
+    column = torch.stack([torch.randperm(pages + 2, generator=generator) for _ in range(blocks)])
+    logical = column.where(column < page[:, None], -1)
+    weight = torch.zeros(2, blocks, 1, pages + 2)
+    context = Context(logical[None], PageLogits(weight, [weight], None), weight.transpose(2, 3))
+    by_column = (
+        torch.nn.functional.pad(score, (0, 2)).transpose(0, 1).gather(2, column.expand(2, -1, -1))
+    )
+    chosen = best(by_column, context.candidates(page, plan), plan)
+    [(left_over, _)] = context.remainder(chosen, page, plan)
+    selection = with_fixed_pages(context.pages(chosen), page, plan)
     for n in range(blocks):
         own = int(page[n])
         for head in range(2):
@@ -43,6 +54,8 @@ def test_every_visible_page_is_exact_once_or_pruned(
             candidates = set(range(own)) - must
             assert len(chosen) == min(budget, len(candidates))
             left = candidates - chosen
+            pruned = logical[n, left_over[head, n, 0] > NEVER].tolist()
+            assert sorted(pruned) == sorted(left), "what is not exact is estimated, once"
             if left and chosen:
                 worst = min(float(score[n, head, p]) for p in chosen)
                 assert worst >= max(float(score[n, head, p]) for p in left)

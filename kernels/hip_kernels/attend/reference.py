@@ -10,17 +10,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
-from hip_kernels.select.reference import (
-    NEVER,
-    context_mask,
-    lookup,
-    mark,
-    page_logits,
-    select,
-    with_fixed_pages,
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    PagedKV,
+    QueryBlocks,
+    Selection,
+    SparsePlan,
+    Summaries,
 )
+from hip_kernels.select.reference import select, with_fixed_pages
 from hip_kernels.select.tree import search
+from hip_kernels.select.weigh import NEVER, Context, lookup, weigh_nodes, weigh_pages
 
 # logits that a wave of query blocks may hold in scratch, over the rows of one KV head
 WAVE_LOGITS = 1 << 23
@@ -34,68 +35,98 @@ def attend(
     plan: SparsePlan,
     scale: float,
     out: Tensor,
+    nodes: Summaries | None = None,
 ) -> Selection | None:
     """Attend the query blocks and write their rows of ``out``.
 
-    query [T, Hq, D]; out [T, Hq, Dv]. Returns what was selected, None where every page was kept.
+    query [T, Hq, D]; out [T, Hq, Dv]. ``nodes`` are the summaries that ``blocks.nodes`` leads to.
+    Returns what was selected, None where every page was kept.
     """
     if blocks.local is None:
         attend_all(query, kv, blocks, scale, out)
         return None
-    return attend_sparse(query, kv, summaries, blocks, plan, scale, out)
-
-
-def attend_sparse(
-    query: Tensor,
-    kv: PagedKV,
-    summaries: Summaries,
-    blocks: QueryBlocks,
-    plan: SparsePlan,
-    scale: float,
-    out: Tensor,
-) -> Selection:
-    """Sink, chosen and window pages exactly, every other page through its summary."""
-    assert blocks.local is not None
-    near = summaries.take(blocks.local.pages)
+    weigher = Weigher(summaries, nodes, blocks, plan)
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
-    columns = plan.exact_pages * PAGE_SIZE + 8 * near.pages
+    columns = plan.exact_pages * PAGE_SIZE + 8 * weigher.columns
     selected = []
     for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
-        assert wave.local is not None
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
-        context = context_mask(wave, near.pages)
-        logits = page_logits(q, near, plan.remainder) if plan.reads_summaries else None
-        correction = None
-        if plan.strategy == "tree":
-            found = search(q, kv, wave, plan).transpose(0, 1)
-            selection = with_fixed_pages(found, wave.page, plan)
-        else:
-            assert logits is not None
-            selection, correction = select(q, logits, kv, wave, context, plan)
-        pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
-        remainder = None
-        if logits is not None and plan.remainder != "none":
-            pruned = context & ~mark(lookup(wave.local.table, pages), pages >= 0, near.pages)
-            remainder = logits.page.masked_fill_(~pruned.unsqueeze(2), NEVER)
-            if correction is not None:
-                remainder += correction
-        slots = lookup(wave.table, pages) * PAGE_SIZE
-        exact = kv.scores(q, slots, PAGE_SIZE)
-        absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
-        if bool(absent.any()):
-            exact.masked_fill_(absent.unsqueeze(2), NEVER)
-        hide_future(exact, future_keys(wave, wave.page[:, None], q.shape[2]))
-        if remainder is None:
-            result = kv.mix(exact.softmax(-1), slots, PAGE_SIZE)
-        else:
-            # one softmax: a pruned page is a key like any other
-            weight = torch.cat([exact, remainder], -1).softmax(-1)
-            result = kv.mix(weight[..., : exact.shape[-1]], slots, PAGE_SIZE)
-            result += weight[..., exact.shape[-1] :] @ near.value.unsqueeze(1)
+        result, selection = attend_sparse(q, kv, weigher, wave, plan)
         scatter_rows(result, wave, out)
         selected.append(selection.pages)
     return Selection(torch.cat(selected), plan.sink_pages, plan.window_pages)
+
+
+class Weigher:
+    """The summaries that the waves of some query blocks share."""
+
+    def __init__(
+        self,
+        summaries: Summaries,
+        nodes: Summaries | None,
+        blocks: QueryBlocks,
+        plan: SparsePlan,
+    ) -> None:
+        assert blocks.local is not None
+        self.summaries = summaries
+        self.plan = plan
+        self.columns = 0
+        if not plan.reads_summaries:
+            return
+        if nodes is not None and blocks.nodes is not None:
+            self.near = nodes.take(blocks.nodes.pages)
+            self.columns = NODE_PAGES * plan.beam
+        else:
+            self.near = summaries.take(blocks.local.pages)
+        self.columns += self.near.pages
+
+    def weigh(self, query: Tensor, blocks: QueryBlocks) -> Context:
+        """query [Hkv, N, M, D], scaled."""
+        if blocks.nodes is not None:
+            return weigh_nodes(query, self.summaries, self.near, blocks.nodes, blocks, self.plan)
+        assert blocks.local is not None
+        return weigh_pages(query, self.near, blocks.local, blocks, self.plan)
+
+
+def attend_sparse(
+    query: Tensor, kv: PagedKV, weigher: Weigher, blocks: QueryBlocks, plan: SparsePlan
+) -> tuple[Tensor, Selection]:
+    """Sink, chosen and window pages exactly, every other page through its summary.
+
+    query [Hkv, N, M, D], scaled -> [Hkv, N, M, Dv].
+    """
+    assert blocks.local is not None
+    context = weigher.weigh(query, blocks) if plan.reads_summaries else None
+    correction = None
+    if plan.strategy == "tree":
+        chosen = search(query, kv, blocks, plan)
+        columns = lookup(blocks.local.table, chosen).where(chosen >= 0, -1)
+    else:
+        assert context is not None
+        columns, correction = select(query, context, kv, blocks, plan)
+        chosen = context.pages(columns)
+    selection = with_fixed_pages(chosen, blocks.page, plan)
+    pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
+    slots = lookup(blocks.table, pages) * PAGE_SIZE
+    exact = kv.scores(query, slots, PAGE_SIZE)
+    absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
+    if bool(absent.any()):
+        exact.masked_fill_(absent.unsqueeze(2), NEVER)
+    hide_future(exact, future_keys(blocks, blocks.page[:, None], query.shape[2]))
+    if context is None or plan.remainder == "none":
+        return kv.mix(exact.softmax(-1), slots, PAGE_SIZE), selection
+    # one softmax: a pruned page is a key like any other
+    logits, values = zip(*context.remainder(columns, blocks.page, plan), strict=True)
+    if correction is not None:
+        logits = tuple(logit + correction for logit in logits)
+    weight = torch.cat([exact, *logits], -1).softmax(-1)
+    at = exact.shape[-1]
+    result = kv.mix(weight[..., :at], slots, PAGE_SIZE)
+    for logit, value in zip(logits, values, strict=True):
+        result += weight[..., at : at + logit.shape[-1]] @ value
+        at += logit.shape[-1]
+    return result, selection
 
 
 def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, out: Tensor) -> None:

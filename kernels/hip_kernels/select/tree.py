@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan
-from hip_kernels.select.reference import NEVER, best_of_rows, lookup
+from hip_kernels.select.weigh import NEVER, best_of_rows, lookup
 
 
 def search(query: Tensor, kv: PagedKV, blocks: QueryBlocks, plan: SparsePlan) -> Tensor:

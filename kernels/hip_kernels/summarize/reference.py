@@ -1,4 +1,4 @@
-"""A page's summary: mean keys, per-channel deviation, mean value."""
+"""A page's summary: mean keys, per-channel deviation, mean value; and that of several pages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
     out.mean[:, :, pages] = saturate(mean.permute(2, 1, 0, 3), out.mean)
     out.sigma[:, pages] = saturate(sigma.transpose(0, 1), out.sigma)
     out.value[:, pages] = saturate(value.mean(1).transpose(0, 1), out.value)
+
+
+def pool(summaries: Summaries, pages: Tensor, nodes: Tensor, out: Summaries) -> None:
+    """Summarise nodes from the summaries of their pages into ``out``.
+
+    pages [C, n] physical, in order; nodes [C] where they go. A node has as many means as a page,
+    each over as many keys; its deviation about them follows by the law of total variance.
+    """
+    if nodes.numel() == 0:
+        return
+    count, size = pages.shape
+    near = summaries.take(pages.flatten())
+    mean = near.mean.transpose(1, 2)  # [Hkv, C * n, L, D]
+    heads, _, means, width = mean.shape
+    part = mean.reshape(heads, count, means, size, width)  # L parts of n means, in order
+    centre = part.mean(3)  # [Hkv, C, L, D]
+    between = (part - centre.unsqueeze(3)).square().mean((2, 3))
+    within = near.sigma.view(heads, count, size, width).square().mean(2)
+    out.mean[:, :, nodes] = saturate(centre.transpose(1, 2), out.mean)
+    out.sigma[:, nodes] = saturate((within + between).sqrt(), out.sigma)
+    value = near.value.view(heads, count, size, -1).mean(2)
+    out.value[:, nodes] = saturate(value, out.value)
 
 
 def saturate(what: Tensor, like: Tensor) -> Tensor:

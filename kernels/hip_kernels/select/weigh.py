@@ -1,0 +1,258 @@
+"""What the context weighs for each query row: page by page, and by nodes where it is long.
+
+Everything here works in *columns*: a column is a page that some query block can see, or a node of
+``NODE_PAGES`` pages. Heads come first, so that one matrix product serves all blocks of a KV head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    LocalPages,
+    QueryBlocks,
+    Remainder,
+    SparsePlan,
+    Summaries,
+    products,
+)
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class PageLogits:
+    """What pages weigh for query rows, each as the logit of one key."""
+
+    page: Tensor  # [..., S] the estimated log of the sum of exp over the page's keys
+    parts: list[Tensor]  # L x [..., S]: q . mean of each sub-page
+    spread: Tensor | None  # [..., S] the guarded second cumulant about those means
+
+    def view(self, *shape: int) -> PageLogits:
+        spread = None if self.spread is None else self.spread.view(shape)
+        return PageLogits(self.page.view(shape), [x.view(shape) for x in self.parts], spread)
+
+    @classmethod
+    def joined(
+        cls, found: Sequence[PageLogits], join: Callable[[list[Tensor]], Tensor]
+    ) -> PageLogits:
+        spreads = [of.spread for of in found if of.spread is not None]
+        return cls(
+            join([of.page for of in found]),
+            [join(list(parts)) for parts in zip(*(of.parts for of in found), strict=True)],
+            join(spreads) if spreads else None,
+        )
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What is not weighed page by page."""
+
+    logit: Tensor  # [Hkv, N, M, J]; -inf where its pages are columns, or none of the block's
+    value: Tensor  # [Hkv, 1, J, Dv]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The pages before query blocks: columns of pages, and the nodes that hold all others."""
+
+    page: Tensor  # [Hkv | 1, N, S] the logical page of each column; -1: none before the block
+    logits: PageLogits  # [Hkv, N, M, S]
+    value: Tensor  # [Hkv, N | 1, S, Dv]
+    nodes: Nodes | None = None
+
+    def mass(self) -> Tensor:
+        """[Hkv, N, M, 1]: the log-sum-exp over all that is visible to each row."""
+        visible = self.logits.page.masked_fill((self.page < 0).unsqueeze(2), NEVER)
+        mass = visible.logsumexp(-1, keepdim=True)
+        if self.nodes is not None:
+            mass = mass.logaddexp(self.nodes.logit.logsumexp(-1, keepdim=True))
+        return mass
+
+    def candidates(self, own: Tensor, plan: SparsePlan) -> Tensor:
+        """[Hkv | 1, N, S]: the pages between sink and window of the blocks in ``own`` [N]."""
+        return (self.page >= plan.sink_pages) & (self.page < (own - plan.window_pages)[:, None])
+
+    def pages(self, columns: Tensor) -> Tensor:
+        """Columns [Hkv, N, K] -> logical pages in their order; padding (-1) goes last."""
+        last = torch.iinfo(torch.int64).max
+        found = self.page.expand(*columns.shape[:2], -1).gather(2, columns.clamp(min=0))
+        found = found.where(columns >= 0, last).sort(-1).values
+        return found.where(found < last, -1)
+
+    def remainder(
+        self, columns: Tensor, own: Tensor, plan: SparsePlan
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What is left when ``columns`` [Hkv, N, K] are exact: logits [Hkv, N, M, S], values."""
+        chosen = mark(columns, columns >= 0, self.page.shape[-1])
+        pruned = self.candidates(own, plan) & ~chosen
+        found = [(self.logits.page.masked_fill(~pruned.unsqueeze(2), NEVER), self.value)]
+        if self.nodes is not None:
+            found.append((self.nodes.logit, self.nodes.value))
+        return found
+
+
+def weigh_pages(
+    query: Tensor, near: Summaries, local: LocalPages, blocks: QueryBlocks, plan: SparsePlan
+) -> Context:
+    """A column for every page of ``near``, the summaries of ``local``: query [Hkv, N, M, D]."""
+    shape = (*query.shape[:3], near.pages)
+    logits = page_logits(query.flatten(1, 2), near, plan.remainder).view(*shape)
+    page = numbers(local, blocks.page, near.pages)
+    return Context(page[None], logits, near.value[:, None])
+
+
+def weigh_nodes(
+    query: Tensor,
+    summaries: Summaries,
+    near: Summaries,
+    local: LocalPages,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
+) -> Context:
+    """A column for every page of the ``beam`` heaviest nodes, and the others as they are.
+
+    query [Hkv, N, M, D], one row a block. ``near`` are summaries of nodes, ``local`` leads to
+    them. A node that reaches into the sink or the window is represented by its pages.
+    """
+    heads = len(query)
+    shape = (*query.shape[:3], near.pages)
+    logit = page_logits(query.flatten(1, 2), near, plan.remainder).view(*shape).page
+    logit += math.log(NODE_PAGES)  # a summary counts for 64 keys, a node holds more
+    first = -(-plan.sink_pages // NODE_PAGES)
+    end = ((blocks.page - plan.window_pages) // NODE_PAGES).clamp(min=first)[:, None]  # [N, 1]
+    node = numbers(local, end.squeeze(1), near.pages)  # [N, J]
+    node = node.where(node >= first, -1)
+    logit = logit.masked_fill_((node < 0)[:, None], NEVER)
+
+    head = torch.arange(first * NODE_PAGES, device=end.device).expand(len(blocks), -1)
+    tail = end * NODE_PAGES + torch.arange(plan.window_pages + NODE_PAGES, device=end.device)
+    edges = torch.cat([head, tail], -1)
+    edges = edges.where(edges < blocks.page[:, None], -1).expand(heads, -1, -1)
+    edge = _some_pages(query, summaries, edges, blocks, plan)
+    mass = edge.mass().logaddexp(logit.logsumexp(-1, keepdim=True))
+
+    score = (logit - mass).amax(2)  # [Hkv, N, J]
+    best, columns = score.topk(min(plan.beam, near.pages))
+    real = best > NEVER
+    child = node.expand(heads, -1, -1).gather(2, columns).unsqueeze(-1) * NODE_PAGES
+    child = (child + torch.arange(NODE_PAGES, device=end.device)).where(real.unsqueeze(-1), -1)
+    beam = _some_pages(query, summaries, child.flatten(2), blocks, plan)
+    logit = logit.masked_fill(mark(columns, real, near.pages).unsqueeze(2), NEVER)
+    return Context(
+        torch.cat([edges, beam.page], -1),
+        PageLogits.joined([edge.logits, beam.logits], partial(torch.cat, dim=-1)),
+        torch.cat([edge.value, beam.value], 2),
+        Nodes(logit, near.value[:, None]),
+    )
+
+
+def _some_pages(
+    query: Tensor, summaries: Summaries, pages: Tensor, blocks: QueryBlocks, plan: SparsePlan
+) -> Context:
+    """Columns for logical pages [Hkv, N, S], each block and head its own; -1 is none."""
+    shape = (*query.shape[:3], pages.shape[2])
+    physical = lookup(blocks.table, pages)
+    found = [
+        page_logits(q, near, plan.remainder)
+        for q, near in zip(query, summaries.each_head(physical), strict=True)
+    ]
+    logits = PageLogits.joined(found, torch.stack)
+    value = torch.stack(
+        [of.index_select(0, at.flatten()) for of, at in zip(summaries.value, physical, strict=True)]
+    )
+    return Context(pages, logits.view(*shape), value.float().view(*pages.shape, -1))
+
+
+def numbers(local: LocalPages, end: Tensor, size: int) -> Tensor:
+    """[N, size]: what each local page is to each block, -1 where it is not before ``end`` [N]."""
+    table = local.table.expand(len(end), -1)
+    number = torch.arange(table.shape[1], device=table.device)
+    before = number < end[:, None]
+    found = torch.full((len(end), size + 1), -1, device=table.device)
+    # what is not before lands in a column that is thrown away
+    return found.scatter_(1, table.where(before, size), number.expand_as(table))[:, :size]
+
+
+def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> PageLogits:
+    """Weigh the pages of ``summaries`` [B, ...] for query [B, M, D], scaled: [B, M, S].
+
+    The log-sum-exp over a page's means, each of n tokens, of ``q.mean + log n``, plus the guarded
+    second cumulant of the keys about those means. The same number chooses pages and weighs the
+    pruned ones.
+    """
+    parts = [products(query, mean) for mean in summaries.mean.unbind(1)]
+    weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
+    if remainder in ("mean", "none"):
+        return PageLogits(weight, parts, None)
+    guarded = spread(query, summaries.sigma, remainder)
+    return PageLogits(weight.add_(guarded), parts, guarded)
+
+
+def _log_sum_exp(parts: list[Tensor]) -> Tensor:
+    """Element-wise over a few tensors: torch is slow at reducing a short axis."""
+    if len(parts) == 1:
+        return parts[0].clone()
+    top = parts[0]
+    for part in parts[1:]:
+        top = torch.maximum(top, part)
+    total = parts[0].sub(top).exp_()
+    for part in parts[1:]:
+        total += part.sub(top).exp_()
+    return total.log_().add_(top)
+
+
+def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
+    """What the spread of a page's keys adds to its logit: query [B, M, D], sigma [B, S, D].
+
+    ``quadratic`` is the second cumulant ``Q = 1/2 q^2 . sigma^2``, which over-estimates where a
+    rotary pair is fast and carries a large constant. ``log_cosh`` is the exact log-mean-exp of a
+    two-point variable of that deviation. ``harmonic``, ``Q L / (Q + L)`` with
+    ``L = |q| . sigma``, agrees with both to second order, grows linearly, and is two matrix
+    products (docs/algorithm.md, "the guard").
+    """
+    if kind == "log_cosh":
+        x = query.abs().unsqueeze(2) * sigma.unsqueeze(1)  # [B, M, S, D]
+        return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)).sum(-1)
+    # head by head through one buffer, so that the squares stay in the cache
+    square = torch.empty_like(sigma[:1])
+    squares = [
+        products(0.5 * q.square()[None], torch.square(s[None], out=square))
+        for q, s in zip(query, sigma, strict=True)
+    ]
+    quadratic = torch.cat(squares)
+    if kind == "quadratic":
+        return quadratic
+    linear = products(query.abs(), sigma)
+    # where both are 0 so is their product: the tiny constant only keeps 0 / 0 away
+    total = (quadratic + linear).add_(torch.finfo(linear.dtype).tiny)
+    return quadratic.mul_(linear).div_(total)
+
+
+def mark(index: Tensor, valid: Tensor, size: int) -> Tensor:
+    """A bool mask [..., size] that is true at the valid ones of index [..., K]."""
+    mask = torch.zeros(*index.shape[:-1], size + 1, dtype=torch.bool, device=index.device)
+    # what is not valid lands in a column that is thrown away
+    return mask.scatter_(-1, index.where(valid, size), True)[..., :size]
+
+
+def lookup(table: Tensor, pages: Tensor) -> Tensor:
+    """Logical pages [Hkv, N, K] through table [N | 1, P]; padding (-1) reads as page 0."""
+    return table.expand(*pages.shape[:2], -1).gather(2, pages.clamp(min=0))
+
+
+def best_of_rows(share: Tensor, blocks: QueryBlocks) -> Tensor:
+    """share [Hkv, N, M, S] (overwritten) -> [Hkv, N, S], the best of the real rows."""
+    padding = blocks.position < 0  # [N, R]
+    if bool(padding.any()):
+        padding = padding.repeat_interleave(share.shape[2] // padding.shape[1], 1)
+        share.masked_fill_(padding.unsqueeze(-1), NEVER)
+    return share.amax(2)
