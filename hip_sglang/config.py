@@ -98,6 +98,14 @@ class HipConfig(BaseModel):
         description="tokens chosen per query and attended exactly, sink and window not counted; "
         f"at least one page of {PAGE_SIZE}",
     )
+    top_p: float = Field(
+        default=1.0,
+        strict=True,
+        ge=0,
+        le=1,
+        description="choose no more than hold this share of the estimated softmax mass, together "
+        "with sink and window, for every row and head; budget stays the cap",
+    )
     dense_threshold: Tokens = Field(
         default=8192, ge=0, description="a query at a position below this attends to everything"
     )
@@ -205,6 +213,7 @@ class HipConfig(BaseModel):
             second_look=self.second_look,
             strategy=self.strategy,
             beam=self.beam // NODE_TOKENS,
+            top_p=self.top_p,
         )
         # where the exact pages hold all of the context, pruning would keep everything
         start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
@@ -272,6 +281,10 @@ def _explain(detail: Any) -> str:
         least = detail["ctx"]["ge"]
         unit = f" (one page of {PAGE_SIZE} tokens)" if least == PAGE_SIZE else ""
         return f"{given} is too small; set {key} to {least}{unit} or more"
+    if detail["type"] == "less_than_equal":
+        return f"{given} is too large; set {key} to {detail['ctx']['le']} or less"
+    if detail["type"].startswith("float_"):
+        return f"{given} is not a number; set {key} to one from 0 to 1"
     if detail["type"] == "literal_error":
         return f"{given} is not known; choose {detail['ctx']['expected']}"
     if detail["type"].startswith("int_"):

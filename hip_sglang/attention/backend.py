@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hip_kernels.layout import PAGE_SIZE, PagedKV
 from hip_kernels.ops import attend, pool, summarize
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -89,24 +91,34 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         plan = self.plan
         assert plan is not None
         if save_kv_cache and k is not None:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
         key, value = self.pool.get_kv_buffer(layer.layer_id)
-        kv = PagedKV(key, value)
+        kv = PagedKV(key, value, *stored_scales(layer, key.dtype))
         summaries = self.summaries.pages_of(layer.layer_id)
         nodes = self.summaries.nodes_of(layer.layer_id)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # rows of padding, where the batch has any, stay zero
         out = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         layer_plan = self.layers[layer.layer_id]
+        pages_plan = replace(layer_plan.pages, logit_cap=layer.logit_cap)
         if layer_plan.prunes:
             # before attending: later blocks of this very chunk prune pages that it completes
             summarize(kv, plan.completed, summaries)
             if plan.nodes is not None:
                 pool(summaries, plan.nodes.new_pages, plan.nodes.new_places, nodes)
         for blocks in plan.blocks(layer_plan):
-            selection = attend(
-                query, kv, summaries, blocks, layer_plan.pages, layer.scaling, out, nodes
-            )
+            selection = attend(query, kv, summaries, blocks, pages_plan, layer.scaling, out, nodes)
             if self.trace is not None and selection is not None:
                 self.trace.write(layer.layer_id, layer_plan, plan, blocks, selection)
         return out.flatten(1)
+
+
+def stored_scales(layer: RadixAttention, dtype: torch.dtype) -> tuple[float, float]:
+    """What stored keys and values are to be multiplied by; SGLang divides only what it casts."""
+    if dtype.itemsize > 1:
+        return 1.0, 1.0
+    return (
+        1.0 if layer.k_scale is None else layer.k_scale_float,
+        1.0 if layer.v_scale is None else layer.v_scale_float,
+    )

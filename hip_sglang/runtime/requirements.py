@@ -91,9 +91,9 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
         ),
         (args.enable_hisparse, "HiSparse (--enable-hisparse)", "choose one of the two"),
         (
-            args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+            args.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
             f"--kv-cache-dtype {args.kv_cache_dtype}",
-            "use auto or bfloat16",
+            "use auto, bfloat16, fp8_e4m3 or fp8_e5m2",
         ),
         (
             args.chunked_prefill_size is not None
@@ -154,10 +154,13 @@ def check_layers(model: torch.nn.Module, context: int) -> None:
         if not isinstance(layer, RadixAttention):
             continue
         for unsupported, what in (
-            (layer.logit_cap > 0, "caps its logits"),
             (0 < layer.sliding_window_size < context, "slides a window"),
             (layer.is_cross_attention, "attends across sequences"),
             (layer.attn_type != AttentionType.DECODER, "is not causal"),
+            (
+                layer.logit_cap > 0 and layer.logit_capping_method != "tanh",
+                f"caps its logits by {layer.logit_capping_method}",
+            ),
             (layer.xai_temperature_len > 0, "scales its logits by position"),
         ):
             if unsupported:
@@ -169,7 +172,8 @@ def check_layers(model: torch.nn.Module, context: int) -> None:
 
 def check_kv_dtype(dtype: torch.dtype) -> None:
     """Refuse a KV cache in a format that only its checkpoint asked for."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    known = (torch.float8_e4m3fn, torch.float8_e5m2)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, *known):
         raise UnsupportedError(
             f"{BACKEND} does not support a KV cache in {dtype}, which this checkpoint asks for; "
             "set --kv-cache-dtype bfloat16"

@@ -83,7 +83,9 @@ def settle_backend(server_args: Any) -> None:
     _disable_graphs(server_args)
     if cfg.device != "cpu" and server_args.mem_fraction_static is None:
         # SGLang fills its share with KV and knows nothing of the summaries beside it
-        share = cfg.mem_fraction_static / (1 + SUMMARY_SHARE_OF_KV)
+        fp8 = cfg.kv_cache_dtype.startswith("fp8")
+        # summaries stay in half precision
+        share = cfg.mem_fraction_static / (1 + SUMMARY_SHARE_OF_KV * (2 if fp8 else 1))
         declare_resolution(server_args, BACKEND, mem_fraction_static=round(share, 3))
 
 

@@ -8,7 +8,7 @@ tokens 64p .. 64p + 63). A page table maps the second to the first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ NODE_PAGES = 8
 FEW_ROWS = 16
 
 Strategy = Literal["summary", "tree"]
-Remainder = Literal["harmonic", "log_cosh", "quadratic", "mean", "none"]
+Remainder = Literal["harmonic", "log_cosh", "log_i0", "quadratic", "mean", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class SparsePlan:
     second_look: int = 0  # decode: choose by real keys, of this many times the budget
     strategy: Strategy = "summary"  # tree: HiP as published, which never looks at summaries
     beam: int = 128  # nodes whose pages are weighed, where a block searches through nodes
+    top_p: float = 1.0  # choose no more pages than hold this share of the estimated mass
+    logit_cap: float = 0.0  # of the model: logits are cap * tanh(logit / cap); 0: they are not
 
     @property
     def exact_pages(self) -> int:
@@ -47,10 +49,15 @@ class SparsePlan:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """Keys and values of one layer as SGLang pools them, one row a token slot."""
+    """Keys and values of one layer as SGLang pools them, one row a token slot.
+
+    Stored in any dtype; a key is the stored row times ``key_scale``.
+    """
 
     key: Tensor  # [pages * 64, Hkv, D]
     value: Tensor  # [pages * 64, Hkv, Dv]
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     @property
     def kv_heads(self) -> int:
@@ -61,12 +68,12 @@ class PagedKV:
         if bool((pages.diff() == 1).all()):
             # a view costs nothing, a copy of a long context costs a great deal
             run = slice(int(pages[0]) * PAGE_SIZE, (int(pages[-1]) + 1) * PAGE_SIZE)
-            return PagedKV(self.key[run], self.value[run])
+            return replace(self, key=self.key[run], value=self.value[run])
 
         def copy(rows: Tensor) -> Tensor:
             return rows.view(-1, PAGE_SIZE, *rows.shape[1:])[pages].flatten(0, 1)
 
-        return PagedKV(copy(self.key), copy(self.value))
+        return replace(self, key=copy(self.key), value=copy(self.value))
 
     def scores(self, query: Tensor, slots: Tensor, tokens: int) -> Tensor:
         """Query times keys: query [Hkv, N, M, D]; runs of ``tokens`` keys from slots [Hkv, N, K].
@@ -75,12 +82,14 @@ class PagedKV:
         in the cache.
         """
         keys = _each_head(self.key, slots, tokens)
+        query = query * self.key_scale
         return torch.stack([products(q, key) for q, key in zip(query, keys, strict=True)])
 
     def mix(self, weight: Tensor, slots: Tensor, tokens: int) -> Tensor:
         """Weighted sums of values: weight [Hkv, N, M, K * tokens] -> [Hkv, N, M, Dv]."""
         values = _each_head(self.value, slots, tokens)
-        return torch.stack([w @ value for w, value in zip(weight, values, strict=True)])
+        found = torch.stack([w @ value for w, value in zip(weight, values, strict=True)])
+        return found.mul_(self.value_scale)
 
 
 def _each_head(rows: Tensor, slots: Tensor, tokens: int) -> Iterator[Tensor]:
@@ -98,6 +107,11 @@ def _each_head(rows: Tensor, slots: Tensor, tokens: int) -> Iterator[Tensor]:
     for each in index:
         torch.index_select(pool, 0, each, out=gathered)
         yield gathered.view(slots.shape[1], -1, width).float()
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)``, in place; 0 caps nothing."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap > 0 else logits
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -36,7 +36,14 @@ class Pool:
     page_table: Tensor  # [B, P]
 
 
-def scatter(requests: list[Request], *, means: int = 4, spare: int = 3, seed: int = 0) -> Pool:
+def scatter(
+    requests: list[Request],
+    *,
+    means: int = 4,
+    spare: int = 3,
+    seed: int = 0,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> Pool:
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-request.length // PAGE_SIZE) for request in requests]
     order = torch.randperm(sum(counts) + spare, generator=generator)
@@ -44,9 +51,9 @@ def scatter(requests: list[Request], *, means: int = 4, spare: int = 3, seed: in
     value_width = requests[0].value.shape[2]
     slots = len(order) * PAGE_SIZE
     # what nobody has written must never be read into a result
-    kv = PagedKV(
-        torch.full((slots, heads, width), 1e4), torch.full((slots, heads, value_width), 1e4)
-    )
+    dtype = requests[0].key.dtype
+    rubbish = [torch.full((slots, heads, w), 400.0).to(dtype) for w in (width, value_width)]
+    kv = PagedKV(*rubbish, *scales)
     # entries past a request's end are stale pages of others
     table = torch.randint(0, len(order), (len(requests), max(counts)), generator=generator)
     used = 0
@@ -105,9 +112,12 @@ def run(
     nodes_from: int | None = None,
     means: int = 4,
     seed: int = 0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """The door of the kernels: everything a backend does in one layer, on a scattered pool."""
-    here = scatter(requests, means=means, seed=seed)
+    scales = (key_scale, value_scale)
+    here = scatter(requests, means=means, seed=seed, scales=scales)
     nodes, node_table = None, None
     if nodes_from is not None:
         nodes, node_table = with_nodes(here, requests, seed)
@@ -179,6 +189,15 @@ def query_blocks(request: Request) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ordered))
 
 
+def capped(logits: Tensor, plan: SparsePlan) -> Tensor:
+    return plan.logit_cap * torch.tanh(logits / plan.logit_cap) if plan.logit_cap else logits
+
+
+def slope(logits: Tensor, plan: SparsePlan) -> float:
+    """Of the cap, at the largest of the capped logits."""
+    return 1 - float(logits.max() / plan.logit_cap) ** 2 if plan.logit_cap else 1.0
+
+
 @dataclass
 class Seen:
     """What a block attends exactly, estimates, and has read to choose: pages, nodes, sub-pages."""
@@ -228,11 +247,31 @@ class Head:
 
             def true(p: int) -> float:
                 keys = torch.cat([self.sub_page(place) for place in read if place[0] == p])
-                return share(lambda q: float((keys @ q).logsumexp(0)))
+                return share(lambda q: float(capped(keys @ q, plan).logsumexp(0)))
 
             chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
+        if plan.top_p < 1:
+            chosen = self.enough(rows, chosen, [p for p in pages if p not in rest], mass, plan)
         exact = sink | window | set(chosen)
         return Seen(exact, [p for p in pages if p not in exact], nodes, read)
+
+    def enough(
+        self, rows: Tensor, chosen: list[int], fixed: list[int], mass: Tensor, plan: SparsePlan
+    ) -> list[int]:
+        """Of the chosen, worst first, as few as hold the share with the fixed, for every row."""
+
+        def held(q: Tensor, m: Tensor, pages: list[int]) -> float:
+            return sum(math.exp(self.pruned_logit(q, p, plan) - float(m)) for p in pages)
+
+        most = 0
+        for q, m in zip(rows, mass, strict=True):
+            count = 0
+            while count < len(chosen):
+                if held(q, m, fixed + chosen[len(chosen) - count :]) >= plan.top_p:
+                    break
+                count += 1
+            most = max(most, count)
+        return chosen[len(chosen) - most :]
 
     def beam(self, rows: Tensor, page: int, plan: SparsePlan) -> tuple[list[int], list[int]]:
         """The pages that are weighed by themselves, and the nodes that hold the others."""
@@ -266,13 +305,15 @@ class Head:
 
     def sub_page_logit(self, q: Tensor, place: tuple[int, int], plan: SparsePlan) -> float:
         means, sigma = self.summary(place[0])
+        logits = capped(means @ q, plan)
         size = math.log(PAGE_SIZE / self.means)
-        return float(q @ means[place[1]]) + self.spread(q, sigma, plan) + size
+        return float(logits[place[1]]) + self.spread(q, sigma * slope(logits, plan), plan) + size
 
     def correction(self, q: Tensor, read: list[tuple[int, int]], plan: SparsePlan) -> float:
         """How much too high the estimates of the sub-pages were that were read, at least 0."""
         wrong = [
-            float((self.sub_page(place) @ q).logsumexp(0)) - self.sub_page_logit(q, place, plan)
+            float(capped(self.sub_page(place) @ q, plan).logsumexp(0))
+            - self.sub_page_logit(q, place, plan)
             for place in read
         ]
         return min(0.0, sum(wrong) / len(wrong)) if wrong else 0.0
@@ -308,8 +349,9 @@ class Head:
     def pruned_logit(self, q: Tensor, number: int, plan: SparsePlan, pages: int = 1) -> float:
         """A pruned page or node as one key."""
         means, sigma = self.summary(number, pages)
-        mean = float((means @ q).logsumexp(0)) + math.log(pages * PAGE_SIZE / self.means)
-        return mean + self.spread(q, sigma, plan)
+        logits = capped(means @ q, plan)
+        mean = float(logits.logsumexp(0)) + math.log(pages * PAGE_SIZE / self.means)
+        return mean + self.spread(q, sigma * slope(logits, plan), plan)
 
     def spread(self, q: Tensor, sigma: Tensor, plan: SparsePlan) -> float:
         quadratic = 0.5 * float((q**2 * sigma**2).sum())
@@ -318,6 +360,14 @@ class Head:
             return quadratic
         if plan.remainder == "log_cosh":
             return float(torch.log(torch.cosh(q * sigma)).sum())
+        if plan.remainder == "log_i0":
+            half = -(-len(q) // 2)
+            total = 0.0
+            for d in range(half):
+                pair = [c for c in (d, d + half) if c < len(q)]
+                x = q[pair].norm() * sigma[pair].norm()
+                total += float(torch.log(torch.special.i0(x)))
+            return total
         if plan.remainder == "harmonic":
             return quadratic * linear / (quadratic + linear) if quadratic + linear else 0.0
         return 0.0
@@ -326,7 +376,7 @@ class Head:
         logits, values = [], []
         for page in seen.exact:
             span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
-            logits += [float(q @ k) for k in self.key[span]]
+            logits += capped(self.key[span] @ q, plan).tolist()
             values += list(self.value[span])
         if plan.remainder != "none":
             correction = self.correction(q, seen.read, plan)

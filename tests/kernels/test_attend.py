@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hip_kernels.layout import Remainder, SparsePlan
@@ -34,7 +36,9 @@ def dense(requests: list[Request], query: torch.Tensor) -> torch.Tensor:
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("remainder", ["harmonic", "log_cosh", "quadratic", "mean", "none"])
+@pytest.mark.parametrize(
+    "remainder", ["harmonic", "log_cosh", "log_i0", "quadratic", "mean", "none"]
+)
 @pytest.mark.parametrize("means", [4, 1])
 @pytest.mark.parametrize("second_look", [0, 1])
 def test_a_mixed_batch_equals_plain_loops(
@@ -50,6 +54,49 @@ def test_a_mixed_batch_equals_plain_loops(
     found = run(requests, query, plan, **limits)
     reference = expected(requests, query, plan, **limits)
     torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remainder", ["harmonic", "log_cosh", "log_i0", "quadratic", "none"])
+@pytest.mark.parametrize("second_look", [0, 1])
+def test_capped_logits_equal_plain_loops(remainder: Remainder, second_look: int) -> None:
+    plan = SparsePlan(1, 2, 2, remainder, second_look, logit_cap=3.0)
+    requests = make_requests([(700, 1), (450, 70), (0, 9)], heads=2, width=23, value_width=40)
+    query = 2 * queries(requests, 6, 23)
+    limits = {"sparse_from": 256, "sparse_decode_from": 128}
+    found = run(requests, query, plan, **limits)
+    reference = expected(requests, query, plan, **limits)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+    uncapped = run(requests, query, replace(plan, logit_cap=0.0), **limits)
+    assert float((found - uncapped).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("second_look", [0, 1])
+@pytest.mark.parametrize("top_p", [0.0, 0.4, 0.6])
+def test_top_p_equals_plain_loops(top_p: float, second_look: int) -> None:
+    plan = SparsePlan(1, 2, 5, "harmonic", second_look, top_p=top_p)
+    requests = make_requests([(900, 1), (850, 70), (700, 1)], heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    limits = {"sparse_from": 256, "sparse_decode_from": 128}
+    found = run(requests, query, plan, **limits)
+    reference = expected(requests, query, plan, **limits)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+    fewer = float((found - run(requests, query, replace(plan, top_p=1.0), **limits)).abs().max())
+    assert fewer > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_stored_keys_and_values_are_dequantised(dtype: torch.dtype, sparse: bool) -> None:
+    plan = SparsePlan(1, 2, 2, "harmonic", 1)
+    requests = make_requests([(700, 1), (450, 70), (0, 9)], heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    start = 256 if sparse else None
+    limits = {"sparse_from": start, "sparse_decode_from": start}
+    scales = {"key_scale": 1.7, "value_scale": 0.3}
+    stored = [replace(r, key=r.key.to(dtype), value=r.value.to(dtype)) for r in requests]
+    real = [replace(r, key=1.7 * r.key.float(), value=0.3 * r.value.float()) for r in stored]
+    found = run(stored, query, plan, **limits, **scales)
+    torch.testing.assert_close(found, run(real, query, plan, **limits), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("remainder", ["none", "harmonic"])

@@ -145,7 +145,6 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--attn-cp-size", "2"], "context parallelism"),
         (["--enable-hisparse"], "HiSparse"),
         (["--dllm-algorithm", "LowConfidence"], "diffusion language models"),
-        (["--kv-cache-dtype", "fp8_e4m3"], "--kv-cache-dtype fp8_e4m3; use auto"),
         (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype nvfp4; use auto"),
         (["--page-size", "16"], "not --page-size 16; leave --page-size out or set it to 64"),
         (["--chunked-prefill-size", "100"], "use a multiple of 64"),

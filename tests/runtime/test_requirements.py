@@ -114,16 +114,17 @@ def test_a_kv_head_is_not_split_over_ranks(read):
         check_model(read(LLAMA), ranks=4)
 
 
-def test_a_kv_cache_in_eight_bits_is_refused():
+def test_a_kv_cache_that_is_not_made_of_floats_is_refused():
     check_kv_dtype(torch.bfloat16)
+    check_kv_dtype(torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="set --kv-cache-dtype bfloat16"):
-        check_kv_dtype(torch.float8_e4m3fn)
+        check_kv_dtype(torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"logit_cap": 50.0}, "layer 3 caps its logits"),
+        ({"logit_cap": 50.0, "logit_capping_method": "odd"}, "layer 3 caps its logits by odd"),
         ({"sliding_window_size": 1023}, "layer 3 slides a window"),
         ({"is_cross_attention": True}, "layer 3 attends across sequences"),
     ],
@@ -135,6 +136,6 @@ def test_a_layer_that_asks_for_more_is_refused(sglang, arguments, reason):
         layer = RadixAttention(4, 64, 0.125, num_kv_heads=2, layer_id=3, **given)
         return torch.nn.ModuleList([layer])
 
-    check_layers(model(sliding_window_size=4096), context=4096)
+    check_layers(model(sliding_window_size=4096, logit_cap=30.0), context=4096)
     with pytest.raises(UnsupportedError, match=reason):
         check_layers(model(**arguments), context=4096)

@@ -18,6 +18,7 @@ from hip_kernels.layout import (
     Selection,
     SparsePlan,
     Summaries,
+    soft_cap,
 )
 from hip_kernels.select.reference import select, with_fixed_pages
 from hip_kernels.select.tree import search
@@ -43,7 +44,7 @@ def attend(
     Returns what was selected, None where every page was kept.
     """
     if blocks.local is None:
-        attend_all(query, kv, blocks, scale, out)
+        attend_all(query, kv, blocks, scale, plan.logit_cap, out)
         return None
     weigher = Weigher(summaries, nodes, blocks, plan)
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
@@ -108,8 +109,10 @@ def attend_sparse(
         chosen = context.pages(columns)
     selection = with_fixed_pages(chosen, blocks.page, plan)
     pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
+    if plan.top_p < 1:
+        pages = pages[..., (pages >= 0).flatten(0, 1).any(0)]
     slots = lookup(blocks.table, pages) * PAGE_SIZE
-    exact = kv.scores(query, slots, PAGE_SIZE)
+    exact = soft_cap(kv.scores(query, slots, PAGE_SIZE), plan.logit_cap)
     absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
     if bool(absent.any()):
         exact.masked_fill_(absent.unsqueeze(2), NEVER)
@@ -129,7 +132,9 @@ def attend_sparse(
     return result, selection
 
 
-def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, out: Tensor) -> None:
+def attend_all(
+    query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
+) -> None:
     """Every page exactly: the dense attention that sparse is compared with."""
     shared = blocks.table.shape[0] == 1
     near = kv.together(blocks.table[0]) if shared else kv
@@ -143,12 +148,13 @@ def attend_all(query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, ou
         if shared:
             key, value = (x[: (last + 1) * PAGE_SIZE].float() for x in (near.key, near.value))
             # all blocks of the wave are rows of one product: [Hkv, N * M, T]
-            logits = q.flatten(1, 2) @ key.permute(1, 2, 0)
+            logits = soft_cap((q * kv.key_scale).flatten(1, 2) @ key.permute(1, 2, 0), cap)
             hide_future(logits, future.flatten(0, 1))
             result = (logits.softmax(-1) @ value.transpose(0, 1)).view(*q.shape[:3], -1)
+            result *= kv.value_scale
         else:
             slots = (wave.table * PAGE_SIZE).expand(kv.kv_heads, -1, -1)
-            logits = kv.scores(q, slots, PAGE_SIZE)
+            logits = soft_cap(kv.scores(q, slots, PAGE_SIZE), cap)
             hide_future(logits, future)
             result = kv.mix(logits.softmax(-1), slots, PAGE_SIZE)
         scatter_rows(result, wave, out)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, Selection, SparsePlan
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    PagedKV,
+    QueryBlocks,
+    Selection,
+    SparsePlan,
+    soft_cap,
+)
 from hip_kernels.select.weigh import NEVER, Context, PageLogits, best_of_rows, lookup
 
 LEAST = torch.finfo(torch.float32).min
@@ -32,7 +39,10 @@ def select(
         score, correction = look(query, context, mass, candidates, kv, blocks, plan)
     else:
         score = best_of_rows(context.logits.page - mass, blocks)
-    return best(score, candidates, plan), correction
+    columns = best(score, candidates, plan)
+    if plan.top_p < 1:
+        columns = enough(columns, context, mass, candidates, blocks, plan.top_p)
+    return columns, correction
 
 
 def look(
@@ -63,7 +73,7 @@ def look(
     column, part = places // count, places % count
     page = context.page.expand(*column.shape[:2], -1).gather(2, column)
     slots = lookup(blocks.table, page) * PAGE_SIZE + part * tokens
-    found = kv.scores(query, slots, tokens)
+    found = soft_cap(kv.scores(query, slots, tokens), plan.logit_cap)
     found = found.view(*found.shape[:3], wanted, tokens)
     absent = (promises == NEVER).unsqueeze(2)
     true = found.logsumexp(-1)  # [Hkv, N, M, wanted]
@@ -95,6 +105,28 @@ def best(score: Tensor, candidates: Tensor, plan: SparsePlan) -> Tensor:
     found, columns = score.topk(min(plan.budget_pages, score.shape[-1]))
     columns = columns.where(found > NEVER, -1)
     return pad(columns, (0, plan.budget_pages - columns.shape[-1]), value=-1)
+
+
+def enough(
+    columns: Tensor,
+    context: Context,
+    mass: Tensor,
+    candidates: Tensor,
+    blocks: QueryBlocks,
+    top_p: float,
+) -> Tensor:
+    """Of columns [Hkv, N, K], best first, as many as hold ``top_p`` of the mass for every row.
+
+    Sink and window count as held. The others become -1.
+    """
+    share = (context.logits.page - mass).exp_()  # [Hkv, N, M, S]
+    fixed = (context.page >= 0) & ~candidates
+    held = share.masked_fill(~fixed.unsqueeze(2), 0).sum(-1, keepdim=True)
+    at = columns.clamp(min=0).unsqueeze(2).expand(-1, -1, share.shape[2], -1)
+    chosen = share.gather(3, at).masked_fill_((columns < 0).unsqueeze(2), 0)
+    before = held + chosen.cumsum(-1) - chosen
+    wanting = best_of_rows(top_p - before, blocks) > 0
+    return columns.where(wanting, -1)
 
 
 def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Selection:

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hip_kernels.layout import (
     NODE_PAGES,
@@ -23,6 +24,7 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
     products,
+    soft_cap,
 )
 
 NEVER = float("-inf")
@@ -105,7 +107,7 @@ def weigh_pages(
 ) -> Context:
     """A column for every page of ``near``, the summaries of ``local``: query [Hkv, N, M, D]."""
     shape = (*query.shape[:3], near.pages)
-    logits = page_logits(query.flatten(1, 2), near, plan.remainder).view(*shape)
+    logits = page_logits(query.flatten(1, 2), near, plan).view(*shape)
     page = numbers(local, blocks.page, near.pages)
     return Context(page[None], logits, near.value[:, None])
 
@@ -125,7 +127,7 @@ def weigh_nodes(
     """
     heads = len(query)
     shape = (*query.shape[:3], near.pages)
-    logit = page_logits(query.flatten(1, 2), near, plan.remainder).view(*shape).page
+    logit = page_logits(query.flatten(1, 2), near, plan).view(*shape).page
     logit += math.log(NODE_PAGES)  # a summary counts for 64 keys, a node holds more
     first = -(-plan.sink_pages // NODE_PAGES)
     end = ((blocks.page - plan.window_pages) // NODE_PAGES).clamp(min=first)[:, None]  # [N, 1]
@@ -162,7 +164,7 @@ def _some_pages(
     shape = (*query.shape[:3], pages.shape[2])
     physical = lookup(blocks.table, pages)
     found = [
-        page_logits(q, near, plan.remainder)
+        page_logits(q, near, plan)
         for q, near in zip(query, summaries.each_head(physical), strict=True)
     ]
     logits = PageLogits.joined(found, torch.stack)
@@ -182,18 +184,23 @@ def numbers(local: LocalPages, end: Tensor, size: int) -> Tensor:
     return found.scatter_(1, table.where(before, size), number.expand_as(table))[:, :size]
 
 
-def page_logits(query: Tensor, summaries: Summaries, remainder: Remainder) -> PageLogits:
+def page_logits(query: Tensor, summaries: Summaries, plan: SparsePlan) -> PageLogits:
     """Weigh the pages of ``summaries`` [B, ...] for query [B, M, D], scaled: [B, M, S].
 
     The log-sum-exp over a page's means, each of n tokens, of ``q.mean + log n``, plus the guarded
     second cumulant of the keys about those means. The same number chooses pages and weighs the
-    pruned ones.
+    pruned ones. Where the model caps its logits, the means' are capped as any key's, and
+    deviations shrink by the slope of the cap at the heaviest mean.
     """
     parts = [products(query, mean) for mean in summaries.mean.unbind(1)]
+    slope = None
+    if plan.logit_cap > 0:
+        parts = [soft_cap(part, plan.logit_cap) for part in parts]
+        slope = 1 - torch.stack(parts).amax(0).div_(plan.logit_cap).square_()
     weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
-    if remainder in ("mean", "none"):
+    if plan.remainder in ("mean", "none"):
         return PageLogits(weight, parts, None)
-    guarded = spread(query, summaries.sigma, remainder)
+    guarded = spread(query, summaries.sigma, plan.remainder, slope)
     return PageLogits(weight.add_(guarded), parts, guarded)
 
 
@@ -210,17 +217,24 @@ def _log_sum_exp(parts: list[Tensor]) -> Tensor:
     return total.log_().add_(top)
 
 
-def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
+def spread(query: Tensor, sigma: Tensor, kind: Remainder, slope: Tensor | None = None) -> Tensor:
     """What the spread of a page's keys adds to its logit: query [B, M, D], sigma [B, S, D].
 
     ``quadratic`` is the second cumulant ``Q = 1/2 q^2 . sigma^2``, which over-estimates where a
     rotary pair is fast and carries a large constant. ``log_cosh`` is the exact log-mean-exp of a
-    two-point variable of that deviation. ``harmonic``, ``Q L / (Q + L)`` with
-    ``L = |q| . sigma``, agrees with both to second order, grows linearly, and is two matrix
-    products (docs/algorithm.md, "the guard").
+    two-point variable of that deviation, a channel at a time; ``log_i0`` that of a point on a
+    circle, a rotary pair (the halves of a head) at a time. ``harmonic``, ``Q L / (Q + L)`` with
+    ``L = |q| . sigma``, agrees with them to second order, grows linearly, and is two matrix
+    products (docs/algorithm.md, "the guard"). ``slope`` [B, M, S] scales all deviations.
     """
-    if kind == "log_cosh":
+    if kind in ("log_cosh", "log_i0"):
+        if kind == "log_i0":
+            query, sigma = pair_norms(query), pair_norms(sigma)
         x = query.abs().unsqueeze(2) * sigma.unsqueeze(1)  # [B, M, S, D]
+        if slope is not None:
+            x *= slope.unsqueeze(-1)
+        if kind == "log_i0":
+            return x.add_(torch.special.i0e(x).log_()).sum(-1)
         return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)).sum(-1)
     # head by head through one buffer, so that the squares stay in the cache
     square = torch.empty_like(sigma[:1])
@@ -229,12 +243,24 @@ def spread(query: Tensor, sigma: Tensor, kind: Remainder) -> Tensor:
         for q, s in zip(query, sigma, strict=True)
     ]
     quadratic = torch.cat(squares)
+    if slope is not None:
+        quadratic *= slope.square()
     if kind == "quadratic":
         return quadratic
     linear = products(query.abs(), sigma)
+    if slope is not None:
+        linear *= slope
     # where both are 0 so is their product: the tiny constant only keeps 0 / 0 away
     total = (quadratic + linear).add_(torch.finfo(linear.dtype).tiny)
     return quadratic.mul_(linear).div_(total)
+
+
+def pair_norms(x: Tensor) -> Tensor:
+    """[..., D] -> [..., ceil(D / 2)]: the length of each pair of a channel and its other half."""
+    left, right = x[..., : -(-x.shape[-1] // 2)], x[..., -(-x.shape[-1] // 2) :]
+    # an odd channel has no other half
+    norms: Tensor = torch.hypot(left, pad(right, (0, left.shape[-1] - right.shape[-1])))
+    return norms
 
 
 def mark(index: Tensor, valid: Tensor, size: int) -> Tensor:

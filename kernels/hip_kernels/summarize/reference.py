@@ -20,7 +20,7 @@ def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
     def stored(rows: Tensor) -> Tensor:  # [C, 64, Hkv, D]
         return rows.view(-1, PAGE_SIZE, *rows.shape[1:]).index_select(0, pages).float()
 
-    key, value = stored(kv.key), stored(kv.value)
+    key, value = stored(kv.key) * kv.key_scale, stored(kv.value) * kv.value_scale
     key = key.view(len(pages), out.mean.shape[1], -1, *key.shape[2:])  # [C, L, 64 / L, Hkv, D]
     mean = key.mean(2)
     sigma = (key - mean.unsqueeze(2)).square().mean((1, 2)).sqrt()
