@@ -60,15 +60,23 @@ class Case:
         """The pages of ``kv`` in their order, of which ``context`` tokens are written."""
         slots, kv_heads, width = kv.key.shape
         pages = torch.arange(slots // PAGE_SIZE)
-        summaries = Summaries.empty(len(pages), kv_heads, width, kv.value.shape[2], means=means)
-        for some in pages[: context // PAGE_SIZE].split(256):
-            summarize(kv, some, summaries)
-        count = context // PAGE_SIZE // NODE_PAGES
-        value_width = kv.value.shape[2]
-        nodes = Summaries.empty(count, kv_heads, width, value_width, means=means)
-        for some in torch.arange(count).split(32):
-            pool(summaries, some[:, None] * NODE_PAGES + torch.arange(NODE_PAGES), some, nodes)
-        return cls(kv, summaries, nodes, pages[None], context, rows, query_heads)
+
+        def empty(count: int) -> Summaries:
+            return Summaries.empty(count, kv_heads, width, kv.value.shape[2], means=means)
+
+        complete = context // PAGE_SIZE
+        summaries, nodes = empty(len(pages)), empty(complete // NODE_PAGES)
+        case = cls(kv, summaries, nodes, pages[None], context, rows, query_heads)
+        case.summarize(0, complete)
+        return case
+
+    def summarize(self, first: int, end: int) -> None:
+        """The pages from ``first`` to before ``end``, and the nodes that these complete."""
+        for some in torch.arange(first, end).split(256):
+            summarize(self.kv, some, self.summaries)
+        of_node = torch.arange(NODE_PAGES)
+        for some in torch.arange(first // NODE_PAGES, end // NODE_PAGES).split(32):
+            pool(self.summaries, some[:, None] * NODE_PAGES + of_node, some, self.nodes)
 
     def queries(self, seed: int) -> Tensor:
         """[rows, Hq, D], scaled so that attention is neither uniform nor a single token."""

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from hip_kernels.layout import PAGE_SIZE, PagedKV
-from hip_kernels.ops import summarize
 from torch import Tensor
 
 from hip_sglang.config import HipConfig, LayerPlan
@@ -73,11 +72,10 @@ class Cache:
     def write(self, steps: Steps) -> None:
         """The quote's own tokens behind the document, in place of the last one's."""
         end = steps.keys.shape[1]
-        changed = torch.arange(self._tokens // PAGE_SIZE, end // PAGE_SIZE)
         for case in self._cases.values():
             case.kv.key[self._tokens : end] = steps.keys[:, self._tokens :].transpose(0, 1)
             case.kv.value[self._tokens : end] = steps.values[:, self._tokens :].transpose(0, 1)
-            summarize(case.kv, changed, case.summaries)
+            case.summarize(self._tokens // PAGE_SIZE, end // PAGE_SIZE)
 
     def attend(self, steps: Steps, plan: LayerPlan) -> Tensor:
         """Layer 1's output [S, QUERY_HEADS, HEAD_DIM], each step a decode step of its own."""

@@ -112,12 +112,14 @@ def test_the_model_is_asked_under_every_configuration(
 
 def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
     tokenizer = load_tokenizer(model_directory)
-    document = Document.cut(library_text(), tokenizer, 8192)
+    # the quote's tokens complete a node that lies before the window
+    document = Document.cut(library_text(), tokenizer, 8128)
     exact = ExactDocument.of(ExactModel(model_directory), document.ids)
     cache = retrieval.Cache(exact, 256, {4})
     dense = HipConfig(preset="dense").layer_plan(1)
-    # pages of the quote's own tokens lie before the window
-    sparse = HipConfig.load({"budget": 64, "window": 64, "dense_threshold": 0}).layer_plan(1)
+    little = {"budget": 64, "window": 64, "dense_threshold": 0}
+    through_nodes = {**little, "node_threshold": 0, "beam": 512}
+    plans = [HipConfig.load(each).layer_plan(1) for each in (little, through_nodes)]
     # a quote's tail takes the place of the one before
     for quote in pick_quotes(document, tokenizer, 2, continuation=160):
         steps = exact.teacher_forced(quote.suffix_ids, quote.expected_ids)
@@ -128,7 +130,8 @@ def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
         alike = replace(last, queries=torch.zeros_like(last.queries))
         afresh = PagedKV(*(page_aligned(x) for x in (steps.keys, steps.values)))
         case = Case.of(afresh, int(last.visible), 1, last.queries.shape[1], 4)
-        torch.testing.assert_close(cache.attend(alike, sparse), case.ours(sparse)(alike.queries))
+        for plan in plans:
+            torch.testing.assert_close(cache.attend(alike, plan), case.ours(plan)(alike.queries))
 
 
 def page_aligned(heads_first: torch.Tensor) -> torch.Tensor:
