@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ class Architecture:
     more: dict[str, Any] = field(default_factory=dict)
     # what transformers calls the fields where it has names of its own
     names: dict[str, str] = field(default_factory=dict)
+    # what published checkpoints call the architecture where transformers writes another name
+    published_as: str = ""
+    # both compute in float32, and add up in different orders
+    tolerance: float = 1e-4
 
     def config(self) -> Any:
         """The configuration, as transformers reads it from a model directory."""
@@ -73,8 +78,13 @@ ARCHITECTURES = {
         more={"partial_rotary_factor": 0.4, "intermediate_size": 4 * 320},
     ),
     "phi3": Architecture("phi3", head_dim=96, more={"sliding_window": None}),
+    # sglang computes the exact GELU, whatever the configuration says
     "gemma": Architecture(
-        "gemma", heads=2, kv_heads=1, head_dim=256, more={"head_dim": 256, **TIED}
+        "gemma",
+        heads=2,
+        kv_heads=1,
+        head_dim=256,
+        more={"head_dim": 256, "hidden_act": "gelu", **TIED},
     ),
     "gpt2": Architecture("gpt2", kv_heads=4, names=GPT2_NAMES, more=TIED),
     "gpt_bigcode": Architecture("gpt_bigcode", kv_heads=1, names=GPT2_NAMES, more=TIED),
@@ -87,7 +97,7 @@ ARCHITECTURES = {
         more={"word_embed_proj_dim": 256},
     ),
     "stablelm": Architecture("stablelm", head_dim=80, more={"partial_rotary_factor": 0.25}),
-    "olmo": Architecture("olmo"),
+    "olmo": Architecture("olmo", kv_heads=4),
     "olmo2": Architecture("olmo2"),
     "granite": Architecture(
         "granite",
@@ -100,32 +110,31 @@ ARCHITECTURES = {
     ),
     "starcoder2": Architecture("starcoder2", more={"sliding_window": None}),
     "cohere": Architecture("cohere", more=TIED),
-    "glm": Architecture("glm", more={"head_dim": 64}),
     "glm4": Architecture("glm4", more={"head_dim": 64}),
     "ernie4_5": Architecture("ernie4_5", more={"head_dim": 64}),
     "arcee": Architecture("arcee"),
-    "apertus": Architecture("apertus"),
+    # sglang computes a part of its activation in bfloat16
+    "apertus": Architecture("apertus", tolerance=1e-2),
     "persimmon": Architecture("persimmon", kv_heads=4),
-    "hunyuan_v1_dense": Architecture("hunyuan_v1_dense", more={"head_dim": 64}),
+    "hunyuan_v1_dense": Architecture(
+        "hunyuan_v1_dense", more={"head_dim": 64, "use_qk_norm": True}
+    ),
     "ministral3": Architecture("ministral3"),
     "smollm3": Architecture("smollm3"),
     "seed_oss": Architecture("seed_oss", more={"head_dim": 64}),
     "exaone4": Architecture(
-        "exaone4", more={"sliding_window": None, "layer_types": ["full_attention"] * 2}
+        "exaone4",
+        more={
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            # the only one that sglang knows
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
     ),
     # by transformers' own code inside SGLang
     "helium": Architecture("helium", more={"head_dim": 64}),
-    "olmoe": Architecture("olmoe", more={"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Architecture("olmoe", kv_heads=4, more={"num_experts": 4, "num_experts_per_tok": 2}),
     "mixtral": Architecture("mixtral", more={"num_local_experts": 4}),
-    "qwen2_moe": Architecture(
-        "qwen2_moe",
-        more={
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "shared_expert_intermediate_size": 128,
-        },
-    ),
     "qwen3_moe": Architecture(
         "qwen3_moe",
         more={
@@ -135,8 +144,14 @@ ARCHITECTURES = {
             "head_dim": 64,
         },
     ),
-    "granitemoe": Architecture("granitemoe", more={"num_local_experts": 4}),
-    "phimoe": Architecture("phimoe", more={"num_local_experts": 4, "sliding_window": None}),
+    "granitemoe": Architecture(
+        "granitemoe", more={"num_local_experts": 4, "attention_multiplier": 0.125}
+    ),
+    "phimoe": Architecture(
+        "phimoe",
+        more={"num_local_experts": 4, "sliding_window": None},
+        published_as="PhiMoEForCausalLM",
+    ),
     "glm4_moe": Architecture(
         "glm4_moe",
         more={
@@ -146,25 +161,16 @@ ARCHITECTURES = {
             "head_dim": 64,
         },
     ),
-    "ernie4_5_moe": Architecture(
-        "ernie4_5_moe",
-        more={"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 128},
-    ),
     "minimax_m2": Architecture(
         "minimax_m2",
-        more={"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "rotary_dim": 32},
-    ),
-    "dbrx": Architecture(
-        "dbrx",
-        names={
-            "hidden_size": "d_model",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "max_position_embeddings": "max_seq_len",
-        },
         more={
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-            "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 64,
+            # as published; transformers' own class has no such fields
+            "use_qk_norm": True,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
         },
     ),
 }
@@ -180,10 +186,18 @@ def write_model(name: str, directory: Path, seed: int = 0) -> Path:
             # norms that scale, and biases that are not zero
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        head = model.get_output_embeddings()
+        if head.bias is not None:
+            # sglang leaves it out
+            head.bias.zero_()
         if not config.tie_word_embeddings:
             # a token weighs more in its own prediction than the noise of attention does
             model.get_input_embeddings().weight.normal_()
     model.save_pretrained(directory)
+    if published := ARCHITECTURES[name].published_as:
+        written = json.loads((directory / "config.json").read_text())
+        written["architectures"] = [published]
+        (directory / "config.json").write_text(json.dumps(written))
     return directory
 
 

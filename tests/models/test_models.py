@@ -19,8 +19,6 @@ from tests.models.architectures import ARCHITECTURES, VOCABULARY, read_model, wr
 SETTINGS = {"sink": 64, "window": 64, "budget": 256, "dense_threshold": 0}
 # one prompt whose exact pages hold everything, and one that prunes
 WHOLE, PRUNED, NEW = 380, 1500, 8
-# both compute in float32, and add up in different orders
-TOLERANCE = 1e-4
 # the mean over pruned positions, in nats; log-probabilities here spread by about one
 NEAR = 0.5
 IN_THE_GATE = ("qwen2", "qwen3")
@@ -77,19 +75,20 @@ def test_an_architecture_is_served(name: str, tmp_path: Path) -> None:
     whole, pruned = ask(directory, tmp_path / "trace.jsonl")
     model = read_model(directory)
     start = HipConfig.load(SETTINGS).layer_plan(0).sparse_from
+    tolerance = ARCHITECTURES[name].tolerance
     assert start is not None
     assert WHOLE + NEW < start < PRUNED
 
     # where the exact pages hold the whole context, hip is dense attention
     assert len(whole["best"]) == NEW
-    assert errors(model, prompt(WHOLE), whole).amax() < TOLERANCE
+    assert errors(model, prompt(WHOLE), whole).amax() < tolerance
     # and so it is at the positions of the longer prompt that see no more than that
     far = errors(model, prompt(PRUNED), pruned)
-    assert far[:start].amax() < TOLERANCE
+    assert far[:start].amax() < tolerance
 
     # the others prune in each layer and head, and what they say is another thing, but near
     assert far[start:].isfinite().all()
-    assert 10 * TOLERANCE < far[start:].mean() < NEAR
+    assert 3 * tolerance < far[start:].mean() < NEAR
     steps = [step for request in read_trace(tmp_path / "trace.jsonl").values() for step in request]
     assert [step.layer for step in steps].count(0) == NEW
     assert [step.layer for step in steps].count(1) == NEW
@@ -97,3 +96,14 @@ def test_an_architecture_is_served(name: str, tmp_path: Path) -> None:
         assert len(step.chosen) == ARCHITECTURES[name].kv_heads
         kept = step.sink_pages + step.window_pages + max(map(len, step.chosen))
         assert kept < step.visible_pages
+
+
+def test_the_document_lists_what_is_tested() -> None:
+    rows = [
+        f"| `{name}` | {model.heads} / {model.kv_heads} | {model.head_dim} |"
+        for name, model in sorted(ARCHITECTURES.items())
+    ]
+    document = Path(__file__).parents[2] / "docs" / "models.md"
+    text = document.read_text(encoding="utf-8")
+    table = text.split("## Not on a CPU")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == rows
