@@ -161,18 +161,6 @@ ARCHITECTURES = {
             "head_dim": 64,
         },
     ),
-    "minimax_m2": Architecture(
-        "minimax_m2",
-        more={
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "head_dim": 64,
-            # as published; transformers' own class has no such fields
-            "use_qk_norm": True,
-            "scoring_func": "sigmoid",
-            "use_routing_bias": True,
-        },
-    ),
 }
 
 
