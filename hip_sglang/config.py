@@ -41,12 +41,13 @@ class LayerPlan:
     sparse_from: int | None  # prefill blocks at this position or later prune; None: never
     sparse_decode_from: int | None  # the same of decode steps
     nodes_from: int | None  # decode steps at this position or later search through nodes
+    refresh: int  # a decode step chooses anew every so many tokens
 
     @property
     def prunes(self) -> bool:
         return self.sparse_from is not None or self.sparse_decode_from is not None
 
-    def share_read(self, visible_pages: int, exact_pages: float) -> float:
+    def share_read(self, visible_pages: int, exact_pages: float, *, chooses: bool = True) -> float:
         """The share of the KV that a sparse decode step reads, in bytes.
 
         It reads keys and values of the exact pages, the keys that the search looks at, and the
@@ -63,7 +64,7 @@ class LayerPlan:
             looked = 2 * budget * max(0, -(-visible_pages // budget) - 1).bit_length()
         else:
             looked = min(self.pages.second_look * budget, visible_pages) * PAGE_SIZE
-        read = 2 * exact_pages * PAGE_SIZE + looked + rows * weighed
+        read = 2 * exact_pages * PAGE_SIZE + looked * chooses + rows * weighed
         return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
 
 
@@ -141,6 +142,12 @@ class HipConfig(BaseModel):
         description="tokens of the nodes whose pages a decode step weighs beyond node_threshold; "
         f"at least one node of {NODE_TOKENS}",
     )
+    refresh: Tokens = Field(
+        default=1,
+        ge=1,
+        description="decode steps choose pages anew every so many tokens, and attend to what was "
+        "chosen in between; 1 chooses at every step",
+    )
     remainder: Remainder = Field(
         default="harmonic",
         description="how pages that are not attended exactly are estimated; none drops them",
@@ -196,6 +203,12 @@ class HipConfig(BaseModel):
             raise ConfigError(origin + problems) from None
 
     @property
+    def start(self) -> int:
+        """The position from which on queries are sparse, where they are."""
+        # where the exact pages hold all of the context, pruning would keep everything
+        return max(self.dense_threshold, self._pages.exact_pages * PAGE_SIZE)
+
+    @property
     def nodes_from(self) -> int | None:
         """The position from which on decode steps search through nodes; None: never."""
         if self.strategy == "tree" or self.decode == "dense":
@@ -205,7 +218,19 @@ class HipConfig(BaseModel):
 
     def layer_plan(self, layer_id: int) -> LayerPlan:
         """The settings of one layer, in pages."""
-        pages = SparsePlan(
+        dense = layer_id in self.dense_layers
+        return LayerPlan(
+            pages=self._pages,
+            means=SUB_PAGES if self.sub_page_means else 1,
+            sparse_from=None if dense or self.prefill == "dense" else self.start,
+            sparse_decode_from=None if dense or self.decode == "dense" else self.start,
+            nodes_from=self.nodes_from,
+            refresh=self.refresh,
+        )
+
+    @property
+    def _pages(self) -> SparsePlan:
+        return SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
             budget_pages=self.budget // PAGE_SIZE,
@@ -214,16 +239,6 @@ class HipConfig(BaseModel):
             strategy=self.strategy,
             beam=self.beam // NODE_TOKENS,
             top_p=self.top_p,
-        )
-        # where the exact pages hold all of the context, pruning would keep everything
-        start = max(self.dense_threshold, pages.exact_pages * PAGE_SIZE)
-        dense = layer_id in self.dense_layers
-        return LayerPlan(
-            pages=pages,
-            means=SUB_PAGES if self.sub_page_means else 1,
-            sparse_from=None if dense or self.prefill == "dense" else start,
-            sparse_decode_from=None if dense or self.decode == "dense" else start,
-            nodes_from=self.nodes_from,
         )
 
 

@@ -139,6 +139,10 @@ def _search(plan: LayerPlan) -> list[str]:
     if pages.second_look:
         looked = pages.second_look * pages.budget_pages * PAGE_SIZE
         found[0] += f"; a decode step then looks at up to {looked:,} keys"
+    if plan.refresh > 1:
+        found.append(
+            f"decode steps choose anew every {plan.refresh} tokens, and keep their choice between"
+        )
     if plan.nodes_from is not None:
         found.append(
             f"decode steps at positions from {first_sparse_position(plan.nodes_from):,} weigh "

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hip_kernels.layout import PAGE_SIZE, PagedKV
 from hip_kernels.ops import attend, pool, summarize
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from hip_sglang.attention.plan import ForwardPlan
+from hip_sglang.attention.selection_cache import SelectionCache
 from hip_sglang.attention.trace import SelectionTrace
 from hip_sglang.config import HipConfig
 from hip_sglang.kv.node_directory import NodeDirectory
@@ -21,7 +22,7 @@ from hip_sglang.kv.summary_pool import SummaryPool
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,16 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.pool = runner.token_to_kv_pool
         layers = range(self.pool.start_layer, self.pool.start_layer + self.pool.layer_num)
         self.layers = {layer: config.layer_plan(layer) for layer in layers}
-        self.nodes_from = config.nodes_from
+        self.config = config
+        rows = len(self.req_to_token)
+        self.cache: SelectionCache | None = None
+        if config.refresh > 1:
+            budget = config.layer_plan(0).pages.budget_pages
+            self.cache = SelectionCache(rows, budget, config.refresh)
         self.nodes: NodeDirectory | None = None
-        if self.nodes_from is not None and self.nodes_from < self.req_to_token.shape[1]:
+        if config.nodes_from is not None and config.nodes_from < self.req_to_token.shape[1]:
             pages = self.pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
-            self.nodes = NodeDirectory(pages, len(self.req_to_token), self.req_to_token.device)
+            self.nodes = NodeDirectory(pages, rows, self.req_to_token.device)
         self.summaries = SummaryPool(self.pool, self.layers, self.nodes.places if self.nodes else 0)
         self.trace = SelectionTrace(config.trace, runner.tp_rank) if config.trace else None
         self.plan: ForwardPlan | None = None
@@ -54,9 +60,13 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def support_triton(self) -> bool:
         return False
 
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        # the plan copies what it needs of req_to_token; nothing reads that table later
+        return SharedReadEnds.PRE_REPLAY
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self.plan = ForwardPlan.of(
-            forward_batch, self.req_to_token, self.nodes, self.nodes_from or 0
+            forward_batch, self.req_to_token, self.config, self.nodes, self.cache
         )
 
     def forward_decode(
@@ -108,8 +118,17 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             if plan.nodes is not None:
                 pool(summaries, plan.nodes.new_pages, plan.nodes.new_places, nodes)
         for blocks in plan.blocks(layer_plan):
-            selection = attend(query, kv, summaries, blocks, pages_plan, layer.scaling, out, nodes)
-            if self.trace is not None and selection is not None:
+            choice = None
+            if self.cache is not None and blocks.reuses and blocks.local is not None:
+                choice = self.cache.get(layer.layer_id, plan.rows[blocks.request])
+            selection = attend(
+                query, kv, summaries, blocks, pages_plan, layer.scaling, out, nodes, choice
+            )
+            if selection is None:
+                continue
+            if self.cache is not None and blocks.tokens.shape[1] == 1 and not blocks.reuses:
+                self.cache.keep(layer.layer_id, plan.rows[blocks.request], selection.choice)
+            if self.trace is not None:
                 self.trace.write(layer.layer_id, layer_plan, plan, blocks, selection)
         return out.flatten(1)
 

@@ -15,7 +15,8 @@ from hip_sglang.kv.node_directory import NodeDirectory
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from hip_sglang.config import LayerPlan
+    from hip_sglang.attention.selection_cache import SelectionCache
+    from hip_sglang.config import HipConfig, LayerPlan
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class ForwardPlan:
     page_table: Tensor  # [B, P] physical pages; past a request's end anything
     completed: Tensor  # [C] physical pages whose 64th token this pass writes
     request_ids: list[str]
+    rows: Tensor  # [B] SGLang's row of each request
     nodes: NodePlan | None = None
+    reuses: Tensor | None = None  # [B] requests that attend to what they chose before
     _blocks: dict[tuple[int | None, int | None], list[QueryBlocks]] = field(default_factory=dict)
 
     @classmethod
@@ -69,8 +72,9 @@ class ForwardPlan:
         cls,
         batch: ForwardBatch,
         req_to_token: Tensor,
+        config: HipConfig,
         directory: NodeDirectory | None,
-        nodes_from: int,
+        cache: SelectionCache | None,
     ) -> ForwardPlan:
         """req_to_token: SGLang's table [rows, context], slot of each request's every token."""
         assert batch.seq_lens_cpu is not None
@@ -84,16 +88,21 @@ class ForwardPlan:
         first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
         page_table = first_slots.long() // PAGE_SIZE
         completed = completed_pages(prefix_lens, seq_lens, page_table)
-        nodes = None
-        if directory is not None:
-            nodes = NodePlan.of(directory, nodes_from, seq_lens, page_table, completed)
+        rows, names = batch.req_pool_indices, list(batch.rids or [])
+        nodes, reuses = None, None
+        if directory is not None and config.nodes_from is not None:
+            nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table, completed)
+        if cache is not None and names:
+            reuses = cache.step(rows.tolist(), names, prefix_lens, seq_lens, config.start)
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,
             page_table=page_table,
             completed=completed,
-            request_ids=list(batch.rids or []),
+            request_ids=names,
+            rows=rows,
             nodes=nodes,
+            reuses=reuses,
         )
 
     def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
@@ -108,6 +117,7 @@ class ForwardPlan:
                 sparse_decode_from=layer.sparse_decode_from,
                 nodes_from=None if self.nodes is None else self.nodes.start,
                 node_table=None if self.nodes is None else self.nodes.table,
+                reuses=self.reuses,
             )
         return self._blocks[key]
 

@@ -33,16 +33,11 @@ class SelectionTrace:
     ) -> None:
         if blocks.tokens.shape[1] != 1:  # a prefill block
             return
-        ends, rows = [], 0
-        for prefix, length in zip(plan.prefix_lens, plan.seq_lens, strict=True):
-            rows += length - prefix
-            ends.append(rows - 1)
-        owner = {token: request for request, token in enumerate(ends)}
         exact = (selection.pages >= 0).sum(-1).float().mean(-1).tolist()
-        for n, token in enumerate(blocks.tokens[:, 0].tolist()):
-            request = owner[token]
+        for n, request in enumerate(blocks.request.tolist()):
             visible = int(blocks.page[n])
-            chosen = [[p for p in head if p >= 0] for head in selection.chosen[n].tolist()]
+            chosen = [[p for p in head if p >= 0] for head in selection.choice.pages[n].tolist()]
+            share = layer.share_read(visible, exact[n], chooses=not blocks.reuses)
             record = {
                 "rid": plan.request_ids[request] if plan.request_ids else "",
                 "layer": layer_id,
@@ -51,7 +46,7 @@ class SelectionTrace:
                 "sink_pages": selection.sink_pages,
                 "window_pages": selection.window_pages,
                 "chosen": chosen,
-                "kv_read_share": round(layer.share_read(visible, exact[n]), 6),
+                "kv_read_share": round(share, 6),
             }
             self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -21,6 +21,7 @@ def plan_blocks(
     sparse_decode_from: int | None,
     nodes_from: int | None = None,
     node_table: Tensor | None = None,
+    reuses: Tensor | None = None,
 ) -> list[QueryBlocks]:
     """Cut a batch of extends into query blocks that can be computed together.
 
@@ -35,18 +36,22 @@ def plan_blocks(
 
     Blocks of one row that prune and stand at ``nodes_from`` or later search through nodes:
     node_table [B, J] leads from a request's n-th node of ``NODE_PAGES`` pages to where it is.
+    Decode steps of requests that ``reuses`` [B] marks are blocks by themselves.
     """
     prefix = torch.tensor(prefix_lens, dtype=torch.int64)
     length = torch.tensor(seq_lens, dtype=torch.int64)
     start = (length - prefix).cumsum(0) - (length - prefix)  # [B] first row in the flat batch
     page = (length - 1) // PAGE_SIZE
     decode = length - prefix == 1
+    again = torch.zeros_like(decode) if reuses is None else reuses
     tail = ~decode & (length % PAGE_SIZE != 0) & (length > prefix)
     tail &= page * PAGE_SIZE >= (_NEVER if sparse_from is None else sparse_from)
     end = length - tail.long()  # of the rows that share blocks
     first, last = prefix // PAGE_SIZE, (end - 1) // PAGE_SIZE
 
-    def of(chosen: Tensor, ends: Tensor, rows: int, threshold: int | None) -> list[QueryBlocks]:
+    def of(
+        chosen: Tensor, ends: Tensor, rows: int, threshold: int | None, reuses: bool = False
+    ) -> list[QueryBlocks]:
         """One block a request; sorted by length, so that waves pad their tables little."""
         requests = chosen.nonzero().flatten()
         requests = requests[ends[requests].argsort(stable=True)]
@@ -60,9 +65,12 @@ def plan_blocks(
             rows=rows,
             nodes_from=nodes_from if rows == 1 else None,
             node_table=None if node_table is None else node_table[requests],
+            request=requests,
+            reuses=reuses,
         )
 
-    found = of(decode, length, 1, sparse_decode_from)
+    found = of(decode & ~again, length, 1, sparse_decode_from)
+    found += of(decode & again, length, 1, sparse_decode_from, reuses=True)
     found += of(tail, length, 1, sparse_from)
     found += of((first == last) & ~decode & (length > prefix), end, PAGE_SIZE, sparse_from)
     for b in ((last > first) & ~decode).nonzero().flatten().tolist():
@@ -74,6 +82,7 @@ def plan_blocks(
             start=start[b : b + 1],
             table=page_table[b : b + 1],
             rows=PAGE_SIZE,
+            request=torch.tensor([b]),
         )
     return found
 
@@ -87,6 +96,8 @@ def _split_by(
     start: Tensor,  # [N | 1]
     table: Tensor,  # [N | 1, P]
     rows: int,
+    request: Tensor,  # [N | 1]
+    reuses: bool = False,
     nodes_from: int | None = None,
     node_table: Tensor | None = None,  # [N, J]
 ) -> list[QueryBlocks]:
@@ -116,7 +127,9 @@ def _split_by(
                 page=some,
                 table=near,
                 local=LocalPages.of(near) if bool(sparse[members].all()) else None,
+                request=request if len(request) == 1 else request[members],
                 nodes=nodes,
+                reuses=reuses,
             )
         )
     return found

@@ -237,7 +237,9 @@ class QueryBlocks:
     page: Tensor  # [N] the logical page that holds the block; pages before it are its context
     table: Tensor  # [N | 1, P] physical pages in logical order; 1 when all blocks share a request
     local: LocalPages | None  # where the context's summaries are; None keeps every page
+    request: Tensor  # [N | 1] which request of the batch each block belongs to
     nodes: LocalPages | None = None  # where those of its nodes are; None weighs every page
+    reuses: bool = False  # attends to what an earlier step of its request chose
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -255,8 +257,24 @@ class QueryBlocks:
                 page=page,
                 table=_trim(self.table, part, seen),
                 local=self.local and self.local.trim(part, seen),
+                request=self.request if len(self.request) == 1 else self.request[part],
                 nodes=self.nodes and self.nodes.trim(part, seen // NODE_PAGES),
+                reuses=self.reuses,
             )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step found, and a later step of the same requests may use again."""
+
+    pages: Tensor  # [N, Hkv, K] the chosen logical pages, in order; -1 is padding
+    correction: Tensor  # [N, Hkv, M] to be added to the logits of estimated pages
+
+    def split(self, blocks: int) -> Iterator[Choice]:
+        """The choices of waves of blocks (``QueryBlocks.split``)."""
+        for start in range(0, len(self.pages), blocks):
+            part = slice(start, start + blocks)
+            yield Choice(self.pages[part], self.correction[part])
 
 
 @dataclass(frozen=True)
@@ -264,10 +282,7 @@ class Selection:
     """The pages that each query block attends exactly, in page order: sink, chosen, window, own."""
 
     pages: Tensor  # [N, Hkv, K] logical pages; -1 is padding
+    choice: Choice
+    estimated: Tensor  # [N, Hkv, M] the share of each row's softmax that went to estimated pages
     sink_pages: int
     window_pages: int
-
-    @property
-    def chosen(self) -> Tensor:
-        """[N, Hkv, budget] the pages that were chosen by their summaries; -1 is padding."""
-        return self.pages[..., self.sink_pages : self.pages.shape[-1] - self.window_pages - 1]

@@ -9,132 +9,10 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, SparsePlan, Summaries
-from hip_kernels.ops import attend, plan_blocks, pool, summarize
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, SparsePlan
 from torch import Tensor
 
-
-@dataclass
-class Request:
-    """One request's own view: contiguous keys and values of its tokens."""
-
-    key: Tensor  # [T, Hkv, D]
-    value: Tensor  # [T, Hkv, Dv]
-    prefix: int  # tokens that were there before this forward pass
-
-    @property
-    def length(self) -> int:
-        return self.key.shape[0]
-
-
-@dataclass
-class Pool:
-    """Requests scattered over a paged pool in a random order of pages."""
-
-    kv: PagedKV
-    summaries: Summaries
-    page_table: Tensor  # [B, P]
-
-
-def scatter(
-    requests: list[Request],
-    *,
-    means: int = 4,
-    spare: int = 3,
-    seed: int = 0,
-    scales: tuple[float, float] = (1.0, 1.0),
-) -> Pool:
-    generator = torch.Generator().manual_seed(seed)
-    counts = [-(-request.length // PAGE_SIZE) for request in requests]
-    order = torch.randperm(sum(counts) + spare, generator=generator)
-    heads, width = requests[0].key.shape[1:]
-    value_width = requests[0].value.shape[2]
-    slots = len(order) * PAGE_SIZE
-    # what nobody has written must never be read into a result
-    dtype = requests[0].key.dtype
-    rubbish = [torch.full((slots, heads, w), 400.0).to(dtype) for w in (width, value_width)]
-    kv = PagedKV(*rubbish, *scales)
-    # entries past a request's end are stale pages of others
-    table = torch.randint(0, len(order), (len(requests), max(counts)), generator=generator)
-    used = 0
-    complete = []
-    for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
-        pages = order[used : used + count]
-        used += count
-        table[row, :count] = pages
-        position = torch.arange(request.length)
-        slot = pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-        kv.key[slot], kv.value[slot] = request.key, request.value
-        complete.append(pages[: request.length // PAGE_SIZE])
-    summaries = Summaries.empty(len(order), heads, width, value_width, means=means)
-    for tensor in summaries.tensors:
-        tensor.fill_(1e4)
-    summarize(kv, torch.cat(complete), summaries)
-    return Pool(kv, summaries, table)
-
-
-def with_nodes(here: Pool, requests: list[Request], seed: int) -> tuple[Summaries, Tensor]:
-    """The nodes of all requests in a random order, and the table that leads to them."""
-    counts = [request.length // PAGE_SIZE // NODE_PAGES for request in requests]
-    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))
-    heads, means, _, width = here.summaries.mean.shape
-    nodes = Summaries.empty(len(order), heads, width, here.summaries.value.shape[2], means=means)
-    table = torch.full((len(requests), max(counts)), 0)
-    for row, (count, mine) in enumerate(zip(counts, order.split(counts), strict=True)):
-        table[row, :count] = mine
-        pages = here.page_table[row, : count * NODE_PAGES].view(-1, NODE_PAGES)
-        pool(here.summaries, pages, mine, nodes)
-    return nodes, table
-
-
-def make_requests(
-    shapes: list[tuple[int, int]], *, heads: int, width: int, value_width: int, seed: int = 0
-) -> list[Request]:
-    """shapes: (tokens before, tokens new). Keys drift, so that pages differ."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for prefix, new in shapes:
-        total = prefix + new
-        drift = torch.randn(total, heads, width, generator=generator).cumsum(0) * 0.1
-        key = drift + 0.5 * torch.randn(total, heads, width, generator=generator)
-        value = torch.randn(total, heads, value_width, generator=generator)
-        found.append(Request(key, value, prefix))
-    return found
-
-
-def run(
-    requests: list[Request],
-    query: Tensor,
-    plan: SparsePlan,
-    *,
-    sparse_from: int | None,
-    sparse_decode_from: int | None,
-    nodes_from: int | None = None,
-    means: int = 4,
-    seed: int = 0,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
-) -> Tensor:
-    """The door of the kernels: everything a backend does in one layer, on a scattered pool."""
-    scales = (key_scale, value_scale)
-    here = scatter(requests, means=means, seed=seed, scales=scales)
-    nodes, node_table = None, None
-    if nodes_from is not None:
-        nodes, node_table = with_nodes(here, requests, seed)
-    out = torch.full((query.shape[0], query.shape[1], requests[0].value.shape[2]), math.nan)
-    blocks = plan_blocks(
-        [request.prefix for request in requests],
-        [request.length for request in requests],
-        here.page_table,
-        sparse_from=sparse_from,
-        sparse_decode_from=sparse_decode_from,
-        nodes_from=nodes_from,
-        node_table=node_table,
-    )
-    scale = query.shape[2] ** -0.5
-    for block in blocks:
-        attend(query, here.kv, here.summaries, block, plan, scale, out, nodes)
-    return out
+from tests.kernels.door import Request
 
 
 def expected(
@@ -146,11 +24,12 @@ def expected(
     sparse_decode_from: int | None,
     nodes_from: int | None = None,
     means: int = 4,
+    held: Choice | None = None,
 ) -> Tensor:
     """The same by loops in float64."""
     outputs = []
     row = 0
-    for request in requests:
+    for number, request in enumerate(requests):
         new = request.length - request.prefix
         threshold = sparse_decode_from if new == 1 else sparse_from
         heads = request.key.shape[1]
@@ -169,11 +48,16 @@ def expected(
                 far = nodes_from is not None and page * PAGE_SIZE >= nodes_from
                 seen = Seen(set(range(page + 1)))
                 if prune:
-                    seen = one.look(block.flatten(0, 1), page, plan, single, single and far)
+                    known = None
+                    if held is not None:
+                        known = {p for p in held.pages[number, head].tolist() if p >= 0}
+                    seen = one.look(block.flatten(0, 1), page, plan, single, single and far, known)
+                    if held is not None:
+                        seen.corrections = held.correction[number, head].tolist()
                 for t in range(low, high):
                     for g in range(group):
                         result[t - request.prefix, head * group + g] = one.attend(
-                            block[t - low, g], t, seen, plan
+                            block[t - low, g], g, t, seen, plan
                         )
         outputs.append(result)
     return torch.cat(outputs)
@@ -206,6 +90,7 @@ class Seen:
     pages: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     read: list[tuple[int, int]] = field(default_factory=list)
+    corrections: list[float] | None = None  # of an earlier step, by query head
 
 
 @dataclass(eq=False)
@@ -216,8 +101,19 @@ class Head:
     value: Tensor  # [T, Dv]
     means: int  # sub-pages a page
 
-    def look(self, rows: Tensor, page: int, plan: SparsePlan, single: bool, far: bool) -> Seen:
-        """rows [M, D] of a block in ``page``: what they attend exactly and what they estimate."""
+    def look(
+        self,
+        rows: Tensor,
+        page: int,
+        plan: SparsePlan,
+        single: bool,
+        far: bool,
+        known: set[int] | None,
+    ) -> Seen:
+        """rows [M, D] of a block in ``page``: what they attend exactly and what they estimate.
+
+        Where the chosen pages are ``known``, they are what an earlier step chose.
+        """
         sink = set(range(min(plan.sink_pages, page)))
         window = set(range(max(0, page - plan.window_pages), page + 1))
         if plan.strategy == "tree":
@@ -225,7 +121,10 @@ class Head:
             return Seen(exact, [p for p in range(page) if p not in exact])
         pages, nodes = list(range(page)), []
         if far:
-            pages, nodes = self.beam(rows, page, plan)
+            pages, nodes = self.beam(rows, page, plan, {p // NODE_PAGES for p in known or ()})
+        if known is not None:
+            exact = sink | window | known
+            return Seen(exact, [p for p in pages if p not in exact], nodes)
         mass = self.mass(rows, pages, nodes, plan)
 
         def share(score: Callable[[Tensor], float]) -> float:
@@ -273,7 +172,9 @@ class Head:
             most = max(most, count)
         return chosen[len(chosen) - most :]
 
-    def beam(self, rows: Tensor, page: int, plan: SparsePlan) -> tuple[list[int], list[int]]:
+    def beam(
+        self, rows: Tensor, page: int, plan: SparsePlan, wanted: set[int]
+    ) -> tuple[list[int], list[int]]:
         """The pages that are weighed by themselves, and the nodes that hold the others."""
         first = -(-plan.sink_pages // NODE_PAGES)
         end = max(first, (page - plan.window_pages) // NODE_PAGES)
@@ -284,7 +185,8 @@ class Head:
 
         def share(node: int) -> float:
             logits = [self.pruned_logit(q, node, plan, NODE_PAGES) for q in rows]
-            return max(logit - float(m) for logit, m in zip(logits, mass, strict=True))
+            best = max(logit - float(m) for logit, m in zip(logits, mass, strict=True))
+            return math.inf if node in wanted else best
 
         ranked = sorted(nodes, key=share, reverse=True)
         pages = [node * NODE_PAGES + n for node in ranked[: plan.beam] for n in range(NODE_PAGES)]
@@ -372,7 +274,7 @@ class Head:
             return quadratic * linear / (quadratic + linear) if quadratic + linear else 0.0
         return 0.0
 
-    def attend(self, q: Tensor, t: int, seen: Seen, plan: SparsePlan) -> Tensor:
+    def attend(self, q: Tensor, g: int, t: int, seen: Seen, plan: SparsePlan) -> Tensor:
         logits, values = [], []
         for page in seen.exact:
             span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
@@ -380,6 +282,8 @@ class Head:
             values += list(self.value[span])
         if plan.remainder != "none":
             correction = self.correction(q, seen.read, plan)
+            if seen.corrections is not None:
+                correction = seen.corrections[g]
             pruned = [(page, 1) for page in seen.pages] + [(n, NODE_PAGES) for n in seen.nodes]
             for number, size in pruned:
                 span = slice(number * size * PAGE_SIZE, (number + 1) * size * PAGE_SIZE)

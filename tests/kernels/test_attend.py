@@ -10,7 +10,8 @@ from hip_kernels.layout import Remainder, SparsePlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.brute import Request, expected, make_requests, run
+from tests.kernels.brute import expected
+from tests.kernels.door import Request, make_requests, run, step
 
 SMALL = SparsePlan(sink_pages=1, window_pages=2, budget_pages=2)
 
@@ -135,6 +136,31 @@ def test_a_beam_of_all_nodes_weighs_every_page() -> None:
     limits = {"sparse_from": None, "sparse_decode_from": 0}
     with_nodes = run(requests, query, plan, **limits, nodes_from=0)
     torch.testing.assert_close(with_nodes, run(requests, query, plan, **limits))
+
+
+@pytest.mark.parametrize("nodes_from", [None, 1500])
+@pytest.mark.parametrize("second_look", [0, 1])
+def test_a_choice_that_is_used_again_equals_plain_loops(
+    nodes_from: int | None, second_look: int
+) -> None:
+    plan = SparsePlan(1, 3, 2, "harmonic", second_look, beam=2)
+    # from one page into the next, into the next node, and into the last row of a page
+    shapes = [(3500, 150), (2047, 1), (900, 100), (1990, 57)]
+    later = make_requests(shapes, heads=2, width=24, value_width=40)
+    later = [replace(r, prefix=r.length - 1) for r in later]
+    earlier = [
+        Request(r.key[: before + 1], r.value[: before + 1], prefix=before)
+        for r, (before, _) in zip(later, shapes, strict=True)
+    ]
+    limits = {"sparse_from": None, "sparse_decode_from": 128, "nodes_from": nodes_from}
+    _, choice = step(earlier, queries(earlier, 6, 24), plan, **limits)
+    query = queries(later, 6, 24, seed=2)
+    found, again = step(later, query, plan, **limits, held=choice, seed=3)
+    assert torch.equal(again.pages, choice.pages)
+    reference = expected(later, query, plan, **limits, held=choice)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+    anew = run(later, query, plan, **limits)
+    assert float((found - anew).abs().max()) > 1e-2
 
 
 @settings(max_examples=15, deadline=None)

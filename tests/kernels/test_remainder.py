@@ -8,7 +8,7 @@ from hip_kernels.layout import SparsePlan
 from torch import Tensor
 
 from benchmarks.synthetic import GENERATORS, LENGTH, Context
-from tests.kernels.brute import Request, run
+from tests.kernels.door import Request, run
 
 DEFAULT = SparsePlan(second_look=2)
 SEEDS = range(10, 14)

@@ -37,20 +37,22 @@ def test_every_visible_page_is_exact_once_or_pruned(
     by_column = (
         torch.nn.functional.pad(score, (0, 2)).transpose(0, 1).gather(2, column.expand(2, -1, -1))
     )
-    chosen = best(by_column, context.candidates(page, plan), plan)
-    [(left_over, _)] = context.remainder(chosen, page, plan)
-    selection = with_fixed_pages(context.pages(chosen), page, plan)
+    columns = best(by_column, context.candidates(page, plan), plan)
+    [(left_over, _)] = context.remainder(columns, page, plan)
+    budgeted = context.pages(columns)
+    assert torch.equal(columns.sort(-1).values, context.columns(budgeted).sort(-1).values)
+    selected = with_fixed_pages(budgeted, page, plan)
     for n in range(blocks):
         own = int(page[n])
         for head in range(2):
-            kept = [p for p in selection.pages[n, head].tolist() if p >= 0]
+            kept = [p for p in selected[head, n].tolist() if p >= 0]
             assert kept == sorted(set(kept)), "in page order, each once"
             assert kept[-1] == own
             assert all(p < own for p in kept[:-1]), "wholly before the query"
             must = set(range(min(sink, own))) | set(range(max(0, own - window), own + 1))
             assert must <= set(kept)
             chosen = set(kept) - must
-            assert chosen == {p for p in selection.chosen[n, head].tolist() if p >= 0}
+            assert chosen == {p for p in budgeted[head, n].tolist() if p >= 0}
             candidates = set(range(own)) - must
             assert len(chosen) == min(budget, len(candidates))
             left = candidates - chosen

@@ -5,7 +5,9 @@ One softmax over both: nothing of the context is dropped (docs/algorithm.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from hip_kernels.layout import (
     NODE_PAGES,
     PAGE_SIZE,
+    Choice,
     PagedKV,
     QueryBlocks,
     Selection,
@@ -37,11 +40,13 @@ def attend(
     scale: float,
     out: Tensor,
     nodes: Summaries | None = None,
+    choice: Choice | None = None,
 ) -> Selection | None:
     """Attend the query blocks and write their rows of ``out``.
 
-    query [T, Hq, D]; out [T, Hq, Dv]. ``nodes`` are the summaries that ``blocks.nodes`` leads to.
-    Returns what was selected, None where every page was kept.
+    query [T, Hq, D]; out [T, Hq, Dv]. ``nodes`` are the summaries that ``blocks.nodes`` leads to;
+    ``choice`` of an earlier step is attended to, where it is given, instead of a new one. Returns
+    what was selected, None where every page was kept.
     """
     if blocks.local is None:
         attend_all(query, kv, blocks, scale, plan.logit_cap, out)
@@ -50,13 +55,29 @@ def attend(
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = plan.exact_pages * PAGE_SIZE + 8 * weigher.columns
-    selected = []
-    for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
+    size = max(1, WAVE_LOGITS // (rows * columns))
+    choices: Iterable[Choice | None] = repeat(None) if choice is None else choice.split(size)
+    found = []
+    for wave, held in zip(blocks.split(size), choices, strict=False):
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
-        result, selection = attend_sparse(q, kv, weigher, wave, plan)
+        result, selection = attend_sparse(q, kv, weigher, wave, plan, held)
         scatter_rows(result, wave, out)
-        selected.append(selection.pages)
-    return Selection(torch.cat(selected), plan.sink_pages, plan.window_pages)
+        found.append(selection)
+    return together(found)
+
+
+def together(waves: Sequence[Selection]) -> Selection:
+    """The selections of all waves."""
+    return Selection(
+        torch.cat([wave.pages for wave in waves]),
+        Choice(
+            torch.cat([wave.choice.pages for wave in waves]),
+            torch.cat([wave.choice.correction for wave in waves]),
+        ),
+        torch.cat([wave.estimated for wave in waves]),
+        waves[0].sink_pages,
+        waves[0].window_pages,
+    )
 
 
 class Weigher:
@@ -82,54 +103,69 @@ class Weigher:
             self.near = summaries.take(blocks.local.pages)
         self.columns += self.near.pages
 
-    def weigh(self, query: Tensor, blocks: QueryBlocks) -> Context:
-        """query [Hkv, N, M, D], scaled."""
+    def weigh(self, query: Tensor, blocks: QueryBlocks, chosen: Tensor | None) -> Context:
+        """query [Hkv, N, M, D], scaled; chosen [Hkv, N, K] logical pages, if they are known."""
         if blocks.nodes is not None:
-            return weigh_nodes(query, self.summaries, self.near, blocks.nodes, blocks, self.plan)
+            return weigh_nodes(
+                query, self.summaries, self.near, blocks.nodes, blocks, self.plan, chosen
+            )
         assert blocks.local is not None
         return weigh_pages(query, self.near, blocks.local, blocks, self.plan)
 
 
 def attend_sparse(
-    query: Tensor, kv: PagedKV, weigher: Weigher, blocks: QueryBlocks, plan: SparsePlan
+    query: Tensor,
+    kv: PagedKV,
+    weigher: Weigher,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
+    held: Choice | None,
 ) -> tuple[Tensor, Selection]:
     """Sink, chosen and window pages exactly, every other page through its summary.
 
     query [Hkv, N, M, D], scaled -> [Hkv, N, M, Dv].
     """
-    assert blocks.local is not None
-    context = weigher.weigh(query, blocks) if plan.reads_summaries else None
-    correction = None
-    if plan.strategy == "tree":
+    chosen = None if held is None else held.pages.transpose(0, 1)
+    context = weigher.weigh(query, blocks, chosen) if plan.reads_summaries else None
+    correction = query.new_zeros(*query.shape[:3], 1)
+    if held is not None:
+        correction = held.correction.transpose(0, 1).unsqueeze(-1)
+    elif plan.strategy == "tree":
         chosen = search(query, kv, blocks, plan)
-        columns = lookup(blocks.local.table, chosen).where(chosen >= 0, -1)
     else:
         assert context is not None
-        columns, correction = select(query, context, kv, blocks, plan)
-        chosen = context.pages(columns)
-    selection = with_fixed_pages(chosen, blocks.page, plan)
-    pages = selection.pages.transpose(0, 1)  # [Hkv, N, K] logical
-    if plan.top_p < 1:
-        pages = pages[..., (pages >= 0).flatten(0, 1).any(0)]
-    slots = lookup(blocks.table, pages) * PAGE_SIZE
+        chosen, correction = select(query, context, kv, blocks, plan)
+    assert chosen is not None
+    pages = with_fixed_pages(chosen, blocks.page, plan)  # [Hkv, N, K] logical
+    attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
+    slots = lookup(blocks.table, attended) * PAGE_SIZE
     exact = soft_cap(kv.scores(query, slots, PAGE_SIZE), plan.logit_cap)
-    absent = (pages < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
+    absent = (attended < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
     if bool(absent.any()):
         exact.masked_fill_(absent.unsqueeze(2), NEVER)
     hide_future(exact, future_keys(blocks, blocks.page[:, None], query.shape[2]))
-    if context is None or plan.remainder == "none":
-        return kv.mix(exact.softmax(-1), slots, PAGE_SIZE), selection
+    logits: list[Tensor] = []
+    values: list[Tensor] = []
+    if context is not None and plan.remainder != "none":
+        for logit, value in context.remainder(context.columns(chosen), blocks.page, plan):
+            logits.append(logit + correction)
+            values.append(value)
     # one softmax: a pruned page is a key like any other
-    logits, values = zip(*context.remainder(columns, blocks.page, plan), strict=True)
-    if correction is not None:
-        logits = tuple(logit + correction for logit in logits)
     weight = torch.cat([exact, *logits], -1).softmax(-1)
     at = exact.shape[-1]
     result = kv.mix(weight[..., :at], slots, PAGE_SIZE)
+    estimated = weight[..., at:].sum(-1)
     for logit, value in zip(logits, values, strict=True):
         result += weight[..., at : at + logit.shape[-1]] @ value
         at += logit.shape[-1]
-    return result, selection
+    choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
+    return result, Selection(
+        pages.transpose(0, 1),
+        choice,
+        estimated.transpose(0, 1),
+        plan.sink_pages,
+        plan.window_pages,
+    )
 
 
 def attend_all(

@@ -12,7 +12,6 @@ from hip_kernels.layout import (
     PAGE_SIZE,
     PagedKV,
     QueryBlocks,
-    Selection,
     SparsePlan,
     soft_cap,
 )
@@ -23,18 +22,18 @@ LEAST = torch.finfo(torch.float32).min
 
 def select(
     query: Tensor, context: Context, kv: PagedKV, blocks: QueryBlocks, plan: SparsePlan
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Choose pages by their share of the softmax mass, estimated and then, if asked, looked at.
 
     query [Hkv, N, M, D] scaled. Logits of different heads and rows are not comparable: a page
     scores its logit minus the row's log-sum-exp over all that is visible, and then the maximum
-    over the rows of the block and the heads of the group. Returns columns of the context
-    [Hkv, N, budget], best first, -1 for none; after a look also what the row's estimates are
-    wrong by, [Hkv, N, M, 1], to be added to them.
+    over the rows of the block and the heads of the group. Returns logical pages
+    [Hkv, N, budget], in order, -1 for none; and what each row's estimates were found to be wrong
+    by, [Hkv, N, M, 1], to be added to them.
     """
     mass = context.mass()
     candidates = context.candidates(blocks.page, plan)
-    correction = None
+    correction = torch.zeros_like(mass)
     if plan.second_look and blocks.tokens.shape[1] == 1:
         score, correction = look(query, context, mass, candidates, kv, blocks, plan)
     else:
@@ -42,7 +41,7 @@ def select(
     columns = best(score, candidates, plan)
     if plan.top_p < 1:
         columns = enough(columns, context, mass, candidates, blocks, plan.top_p)
-    return columns, correction
+    return context.pages(columns), correction
 
 
 def look(
@@ -129,7 +128,7 @@ def enough(
     return columns.where(wanting, -1)
 
 
-def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Selection:
+def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
     """chosen [Hkv, N, budget] logical, page [N] of the block -> sink, chosen, window, own."""
     sink = torch.arange(plan.sink_pages, device=chosen.device)
     sink = sink.where(sink < page[:, None], -1)  # [N, sinks]
@@ -139,7 +138,6 @@ def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Selectio
     window = window.where(inside, -1)  # [N, window + 1]
 
     def each_head(pages: Tensor) -> Tensor:
-        return pages[:, None].expand(-1, chosen.shape[0], -1)
+        return pages.expand(len(chosen), -1, -1)
 
-    found = torch.cat([each_head(sink), chosen.transpose(0, 1), each_head(window)], -1)
-    return Selection(found, plan.sink_pages, plan.window_pages)
+    return torch.cat([each_head(sink), chosen, each_head(window)], -1)

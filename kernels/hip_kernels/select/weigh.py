@@ -79,6 +79,18 @@ class Context:
             mass = mass.logaddexp(self.nodes.logit.logsumexp(-1, keepdim=True))
         return mass
 
+    def columns(self, pages: Tensor) -> Tensor:
+        """The columns [Hkv, N, K] of logical pages; -1 is none."""
+        heads, blocks, _ = pages.shape
+        here = self.page.expand(heads, -1, -1)
+        size = max(int(here.max()), int(pages.max())) + 2
+        column = torch.full((heads, blocks, size), -1, device=here.device)
+        number = torch.arange(here.shape[2], device=here.device).expand_as(here)
+        # what is no page lands in the last place, which is then looked up for padding
+        column.scatter_(2, here.where(here >= 0, size - 1), number)
+        column[..., -1] = -1
+        return column.gather(2, pages.where(pages >= 0, size - 1))
+
     def candidates(self, own: Tensor, plan: SparsePlan) -> Tensor:
         """[Hkv | 1, N, S]: the pages between sink and window of the blocks in ``own`` [N]."""
         return (self.page >= plan.sink_pages) & (self.page < (own - plan.window_pages)[:, None])
@@ -119,11 +131,13 @@ def weigh_nodes(
     local: LocalPages,
     blocks: QueryBlocks,
     plan: SparsePlan,
+    chosen: Tensor | None,
 ) -> Context:
     """A column for every page of the ``beam`` heaviest nodes, and the others as they are.
 
     query [Hkv, N, M, D], one row a block. ``near`` are summaries of nodes, ``local`` leads to
-    them. A node that reaches into the sink or the window is represented by its pages.
+    them. A node that reaches into the sink or the window is represented by its pages. Pages that
+    are ``chosen`` already, [Hkv, N, K], come with their nodes, however light these are.
     """
     heads = len(query)
     shape = (*query.shape[:3], near.pages)
@@ -143,6 +157,11 @@ def weigh_nodes(
     mass = edge.mass().logaddexp(logit.logsumexp(-1, keepdim=True))
 
     score = (logit - mass).amax(2)  # [Hkv, N, J]
+    if chosen is not None:
+        wanted = chosen // NODE_PAGES
+        inside = (wanted >= first) & (wanted < end)
+        wanted = lookup(local.table, wanted.where(inside, -1))
+        score = score.masked_fill(mark(wanted, inside, near.pages), -NEVER)
     best, columns = score.topk(min(plan.beam, near.pages))
     real = best > NEVER
     child = node.expand(heads, -1, -1).gather(2, columns).unsqueeze(-1) * NODE_PAGES

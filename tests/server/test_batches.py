@@ -1,0 +1,172 @@
+"""What a request gets does not depend on chunks, on the cache, or on who else is there.
+
+Sparse attention in all of its forms on one small model: prompts that prune, decode steps that look
+twice, that search through nodes, and that use again what they chose.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Serve, Server
+
+pytestmark = pytest.mark.server
+
+HIP = {
+    "sink": 64,
+    "window": 128,
+    "budget": 128,
+    "dense_threshold": 256,
+    "node_threshold": 1024,
+    "beam": 512,
+    "refresh": 3,
+}
+SPARSE = ("--hip-config", json.dumps(HIP))
+LENGTHS = (200, 1130, 2047, 2048, 2500)
+NEW = 24  # on the way some complete a page
+# log-probabilities: other shapes add in another order
+TOLERANCE = 1e-3
+
+
+@cache
+def prompt(length: int) -> list[int]:
+    """Tokens that are related to what was before, so that some pages matter more than others."""
+    generator = random.Random(length)
+    ids = [generator.randrange(1, 1024) for _ in range(300)]
+    while len(ids) < length:
+        start = generator.randrange(len(ids) - 40)
+        ids += (
+            ids[start : start + 40] if generator.random() < 0.5 else [generator.randrange(1, 1024)]
+        )
+    return ids[:length]
+
+
+def ask(server: Server, ids: list[int], rid: str | None = None) -> list[float]:
+    """Log-probabilities of what a prompt leads to: the five best at each new token."""
+    body: dict[str, Any] = {
+        "input_ids": ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 5,
+    }
+    if rid is not None:
+        body["rid"] = rid
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=300).raise_for_status()
+    best = answer.json()["meta_info"]["output_top_logprobs"]
+    return [value for step in best for value, _, _ in step]
+
+
+def flush(server: Server) -> None:
+    for _ in range(100):
+        if httpx.post(f"{server.url}/flush_cache", timeout=60).status_code == 200:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server does not become idle")
+
+
+@pytest.fixture(scope="module")
+def alone(serve: Serve) -> dict[int, list[float]]:
+    """Each prompt by itself, nothing cached."""
+    server = serve(*SPARSE)
+    found = {}
+    for length in LENGTHS:
+        flush(server)
+        found[length] = ask(server, prompt(length))
+        assert len(found[length]) == 5 * NEW
+    return found
+
+
+def assert_same(found: dict[int, list[float]], alone: dict[int, list[float]]) -> None:
+    for length, values in found.items():
+        assert values == pytest.approx(alone[length], abs=TOLERANCE), length
+
+
+def test_sparse_attention_was_at_work(serve: Serve, alone: dict[int, list[float]]) -> None:
+    everything = serve("--hip-preset", "dense")
+    for length in LENGTHS[1:]:
+        far = [
+            abs(a - b) for a, b in zip(ask(everything, prompt(length)), alone[length], strict=True)
+        ]
+        assert max(far) > 10 * TOLERANCE
+
+
+def test_the_same_schedule_gives_the_same_bits(serve: Serve, alone: dict[int, list[float]]) -> None:
+    server = serve(*SPARSE)
+    for length in (1130, 2500):
+        flush(server)
+        assert ask(server, prompt(length)) == alone[length]
+
+
+def test_a_radix_hit_changes_nothing(serve: Serve, alone: dict[int, list[float]]) -> None:
+    server = serve(*SPARSE)
+    flush(server)
+    for length in LENGTHS:
+        ask(server, prompt(length))
+    assert_same({length: ask(server, prompt(length)) for length in reversed(LENGTHS)}, alone)
+
+
+def test_a_prefix_that_others_part_from_changes_nothing(
+    serve: Serve, alone: dict[int, list[float]]
+) -> None:
+    server = serve(*SPARSE)
+    flush(server)
+    ids = prompt(2500)
+    # in the middle of a page, at a page, at a node, and long before
+    for cut in (2400, 2368, 2048, 700):
+        ask(server, ids[:cut] + prompt(1100)[:400])
+    assert_same({2500: ask(server, ids)}, alone)
+
+
+def test_who_else_is_there_changes_nothing(serve: Serve, alone: dict[int, list[float]]) -> None:
+    server = serve(*SPARSE)
+    flush(server)
+    order = random.Random(1)
+    crowd = list(LENGTHS) * 2
+    order.shuffle(crowd)
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(crowd) + 1) as pool:
+        leaving = pool.submit(come_and_go, server, stop)
+        asked = []
+        for length in crowd:
+            asked.append((length, pool.submit(ask, server, prompt(length))))
+            time.sleep(order.random() / 4)
+        answers = [(length, answer.result()) for length, answer in asked]
+        stop.set()
+        assert leaving.result() > 0
+    for length, values in answers:
+        assert_same({length: values}, alone)
+
+
+def come_and_go(server: Server, stop: threading.Event) -> int:
+    """Requests that are aborted in the middle, so that their rows and pages go to others."""
+    count = 0
+    with ThreadPoolExecutor(1) as pool:
+        while not stop.is_set():
+            rid = f"leaves-{count}"
+            answer = pool.submit(ask, server, prompt(1900 + count), rid)
+            time.sleep(0.4)
+            httpx.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=60)
+            answer.exception()
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("chunk", ["64", "704"])
+def test_the_size_of_chunks_changes_nothing(
+    serve: Serve, alone: dict[int, list[float]], chunk: str
+) -> None:
+    server = serve(*SPARSE, "--chunked-prefill-size", chunk, "--enable-mixed-chunk")
+    assert_same({length: ask(server, prompt(length)) for length in (1130, 2500)}, alone)
+    with ThreadPoolExecutor(len(LENGTHS)) as pool:
+        flush(server)
+        crowd = pool.map(lambda length: ask(server, prompt(length)), LENGTHS)
+        assert_same(dict(zip(LENGTHS, crowd, strict=True)), alone)
