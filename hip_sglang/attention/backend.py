@@ -19,6 +19,7 @@ from hip_sglang.attention.trace import SelectionTrace
 from hip_sglang.config import HipConfig
 from hip_sglang.kv.node_directory import NodeDirectory
 from hip_sglang.kv.summary_pool import SummaryPool
+from hip_sglang.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -35,8 +36,12 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         super().__init__()
         self.req_to_token: Tensor = runner.req_to_token_pool.req_to_token
         self.pool = runner.token_to_kv_pool
+        # SGLang's models ask the backend for them, by these names
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
         layers = range(self.pool.start_layer, self.pool.start_layer + self.pool.layer_num)
         self.layers = {layer: config.layer_plan(layer) for layer in layers}
+        self.last_layer = layers[-1]
         self.config = config
         rows = len(self.req_to_token)
         self.cache: SelectionCache | None = None
@@ -49,6 +54,9 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self.nodes = NodeDirectory(pages, rows, self.req_to_token.device)
         self.summaries = SummaryPool(self.pool, self.layers, self.nodes.places if self.nodes else 0)
         self.trace = SelectionTrace(config.trace, runner.tp_rank) if config.trace else None
+        self.telemetry: Telemetry | None = None
+        if runner.server_args.enable_metrics and runner.tp_rank == 0:
+            self.telemetry = Telemetry()
         self.plan: ForwardPlan | None = None
         logger.info(
             "hip_attention: %s; summaries of %s pages = %.2f GiB",
@@ -124,12 +132,16 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             selection = attend(
                 query, kv, summaries, blocks, pages_plan, layer.scaling, out, nodes, choice
             )
+            if self.telemetry is not None:
+                self.telemetry.observe(blocks, selection)
             if selection is None:
                 continue
             if self.cache is not None and blocks.tokens.shape[1] == 1 and not blocks.reuses:
                 self.cache.keep(layer.layer_id, plan.rows[blocks.request], selection.choice)
             if self.trace is not None:
                 self.trace.write(layer.layer_id, layer_plan, plan, blocks, selection)
+        if self.telemetry is not None and layer.layer_id == self.last_layer:
+            self.telemetry.flush()
         return out.flatten(1)
 
 

@@ -133,11 +133,7 @@ def build_backend(runner: Any) -> Any:
     check_loaded()
     requirements.check_kv_dtype(runner.kv_cache_dtype)
     requirements.check_layers(runner.model, runner.model_config.context_len)
-    backend = HipAttentionBackend(runner, doors.config_of(runner.server_args))
-    # sglang's models ask the backend for them, by these names
-    backend.req_to_token_pool = runner.req_to_token_pool
-    backend.token_to_kv_pool = runner.token_to_kv_pool
-    return backend
+    return HipAttentionBackend(runner, doors.config_of(runner.server_args))
 
 
 def check_loaded() -> None:

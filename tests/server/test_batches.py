@@ -30,7 +30,7 @@ HIP = {
     "beam": 512,
     "refresh": 3,
 }
-SPARSE = ("--hip-config", json.dumps(HIP))
+SPARSE = ("--hip-config", json.dumps(HIP), "--enable-metrics")
 LENGTHS = (200, 1130, 2047, 2048, 2500)
 NEW = 24  # on the way some complete a page
 # log-probabilities: other shapes add in another order
@@ -124,6 +124,31 @@ def test_a_prefix_that_others_part_from_changes_nothing(
     for cut in (2400, 2368, 2048, 700):
         ask(server, ids[:cut] + prompt(1100)[:400])
     assert_same({2500: ask(server, ids)}, alone)
+
+
+def test_metrics_tell_what_was_done(serve: Serve, alone: dict[int, list[float]]) -> None:
+    server = serve(*SPARSE)
+    ask(server, prompt(1130))
+    lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    counted = {
+        name: float(number)
+        for name, _, number in (line.rpartition(" ") for line in lines)
+        if name.startswith("hip_sglang_")
+    }
+    fresh = counted['hip_sglang_choices_total{kind="fresh"}']
+    # two steps in three use again what was chosen
+    assert counted['hip_sglang_choices_total{kind="reused"}'] > fresh > 0
+    for phase in ("prefill", "decode"):
+        blocks = counted[f'hip_sglang_query_blocks_total{{kind="sparse",phase="{phase}"}}']
+        pages = {
+            kind: counted[f'hip_sglang_{kind}_pages_total{{phase="{phase}"}}'] / blocks
+            for kind in ("chosen", "exact", "visible")
+        }
+        assert 1 <= pages["chosen"] <= 2
+        # sink, window and its own
+        assert pages["exact"] == pages["chosen"] + 4
+        assert pages["visible"] > pages["exact"]
+        assert 0 < counted[f'hip_sglang_estimated_mass_total{{phase="{phase}"}}'] < blocks
 
 
 def test_who_else_is_there_changes_nothing(serve: Serve, alone: dict[int, list[float]]) -> None:
