@@ -13,10 +13,25 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 4, 256, 4, 2, 64, 5
 END_OF_TEXT = "<|endoftext|>"
 
 
-def write_tiny_llama(directory: Path, *, context: int = 32768, seed: int = 0) -> Path:
-    """Write the model into ``directory`` and return it; the same seed gives the same weights."""
+def write_tiny_llama(
+    directory: Path,
+    *,
+    context: int = 32768,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    peak: float = 1.0,
+) -> Path:
+    """Write the model into ``directory`` and return it; the same seed gives the same weights.
+
+    A larger ``vocabulary`` is padding: such tokens can be read, and are never the greedy answer.
+    ``peak`` is the standard deviation of attention logits between tokens that do not know of one
+    another.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(_weights(seed), directory / "model.safetensors", {"format": "pt"})
+    state = _weights(seed)
+    _pad(state, vocabulary, seed)
+    _sharpen(state, peak)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -30,7 +45,7 @@ def write_tiny_llama(directory: Path, *, context: int = 32768, seed: int = 0) ->
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "max_position_embeddings": context,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "eos_token_id": 0,
         "torch_dtype": "float32",
@@ -68,6 +83,21 @@ def _weights(seed: int) -> dict[str, torch.Tensor]:
             f"{prefix}.post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
     return state
+
+
+def _pad(state: dict[str, torch.Tensor], vocabulary: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    more = torch.randn(vocabulary - VOCABULARY, HIDDEN, generator=generator)
+    given = state["model.embed_tokens.weight"]
+    state["model.embed_tokens.weight"] = torch.cat([given, more])
+    # their logits are 0, and the largest of a thousand random ones is more
+    state["lm_head.weight"] = torch.cat([state["lm_head.weight"], torch.zeros_like(more)])
+
+
+def _sharpen(state: dict[str, torch.Tensor], peak: float) -> None:
+    for name in state:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            state[name] *= peak**0.5
 
 
 def _train_tokenizer() -> Tokenizer:
