@@ -63,6 +63,10 @@ class PagedKV:
     def kv_heads(self) -> int:
         return self.key.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
     def together(self, pages: Tensor) -> PagedKV:
         """The pages [P] of one request as a pool of its own, in their order."""
         if bool((pages.diff() == 1).all()):
