@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hip_sglang.config import HipConfig, LayerPlan
-from hip_sglang.runtime.host_platform import use_huge_pages
+from hip_sglang.runtime.host_platform import settle_environment
 
 from .arguments import Parser, at_least
 from .rows import percentiles, save
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
     if not 0 < rows <= args.context:
         raise ValueError(f"--chunk {rows} must lie between 1 and --context {args.context}")
     config = HipConfig.load(args.hip_config)
-    use_huge_pages()  # as the server on a CPU does
+    settle_environment()  # as the server on a CPU does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's, about quantizations that a CPU has not
         case = Case.make(args.context, rows, heads, args.dim, config.layer_plan(0).means)

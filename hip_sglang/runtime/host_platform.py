@@ -24,17 +24,20 @@ def activate() -> str | None:
     from hip_sglang.runtime.torchvision_ops import declare_missing_operators
 
     declare_missing_operators()
-    use_huge_pages()
+    settle_environment()
     return PLATFORM
 
 
-def use_huge_pages() -> None:
-    """Have torch ask Linux for huge pages, before it allocates, here and in child processes.
+def settle_environment() -> None:
+    """What torch reads when it starts, here and in child processes; the user's own word stands.
 
-    A page of KV is 64 rows that lie far apart in the pool: with small memory pages each row
-    is a miss of its own in the processor's page table cache.
+    Huge pages: a page of KV is 64 rows that lie far apart in the pool, and with small memory pages
+    each row is a miss of its own in the processor's page table cache. Threads that soon stop
+    spinning: where another program wants the cores, a thread that spins keeps them from the one
+    that it waits for, at every operation.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def is_active() -> bool:
