@@ -20,15 +20,19 @@ def write_tiny_llama(
     seed: int = 0,
     vocabulary: int = VOCABULARY,
     peak: float = 1.0,
+    topics: int | None = None,
 ) -> Path:
     """Write the model into ``directory`` and return it; the same seed gives the same weights.
 
     A larger ``vocabulary`` is padding: such tokens can be read, and are never the greedy answer.
     ``peak`` is the standard deviation of attention logits between tokens that do not know of one
-    another.
+    another. Tokens of one of ``topics`` stand in a row in the vocabulary and share most of their
+    embedding.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = _weights(seed)
+    if topics is not None:
+        _relate(state, topics, seed)
     _pad(state, vocabulary, seed)
     _sharpen(state, peak)
     save_file(state, directory / "model.safetensors", {"format": "pt"})
@@ -83,6 +87,14 @@ def _weights(seed: int) -> dict[str, torch.Tensor]:
             f"{prefix}.post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
     return state
+
+
+def _relate(state: dict[str, torch.Tensor], topics: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 2)
+    shared = torch.randn(topics, HIDDEN, generator=generator)
+    shared = shared.repeat_interleave(VOCABULARY // topics, dim=0)
+    own = state["model.embed_tokens.weight"]
+    state["model.embed_tokens.weight"] = 0.7**0.5 * shared + 0.3**0.5 * own
 
 
 def _pad(state: dict[str, torch.Tensor], vocabulary: int, seed: int) -> None:
