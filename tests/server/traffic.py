@@ -88,10 +88,18 @@ class Traffic:
 
     def begin_round(self, seed: int, size: int) -> None:
         """New prompts, each alone on an empty cache."""
+        generator = random.Random(seed)
+        waiting = prompts(seed, size)
         self.alone = []
-        for ids in prompts(seed, size):
+        while waiting:
+            ids = waiting.pop()
             flush(self.server)
-            self.alone.append((ids, Answer.of(self._generate(ids)["meta_info"])))
+            alone = Answer.of(self._generate(ids)["meta_info"])
+            self.alone.append((ids, alone))
+            # a page that decode steps completed is read by the conversation that goes on
+            if len(ids) % 64 > 64 - NEW and len(ids) < LONGEST:
+                said = [generator.randrange(1, VOCABULARY) for _ in range(300)]
+                waiting.append(ids + alone.tokens + said)
         flush(self.server)
 
     def mix(self, clients: int, seconds: float, seed: int) -> None:
