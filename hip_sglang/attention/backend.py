@@ -35,11 +35,13 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def __init__(self, runner: ModelRunner, config: HipConfig) -> None:
         super().__init__()
         self.req_to_token: Tensor = runner.req_to_token_pool.req_to_token
-        self.pool = runner.token_to_kv_pool
         # SGLang's models ask the backend for them, by these names
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
-        layers = range(self.pool.start_layer, self.pool.start_layer + self.pool.layer_num)
+        layers = range(
+            self.token_to_kv_pool.start_layer,
+            self.token_to_kv_pool.start_layer + self.token_to_kv_pool.layer_num,
+        )
         self.layers = {layer: config.layer_plan(layer) for layer in layers}
         self.last_layer = layers[-1]
         self.config = config
@@ -50,9 +52,11 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self.cache = SelectionCache(rows, budget, config.refresh)
         self.nodes: NodeDirectory | None = None
         if config.nodes_from is not None and config.nodes_from < self.req_to_token.shape[1]:
-            pages = self.pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
+            pages = self.token_to_kv_pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
             self.nodes = NodeDirectory(pages, rows, self.req_to_token.device)
-        self.summaries = SummaryPool(self.pool, self.layers, self.nodes.places if self.nodes else 0)
+        self.summaries = SummaryPool(
+            self.token_to_kv_pool, self.layers, self.nodes.places if self.nodes else 0
+        )
         self.trace = SelectionTrace(config.trace, runner.tp_rank) if config.trace else None
         self.telemetry: Telemetry | None = None
         if runner.server_args.enable_metrics and runner.tp_rank == 0:
@@ -110,8 +114,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         assert plan is not None
         if save_kv_cache and k is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self.pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
-        key, value = self.pool.get_kv_buffer(layer.layer_id)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
+        key, value = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         kv = PagedKV(key, value, *stored_scales(layer, key.dtype))
         summaries = self.summaries.pages_of(layer.layer_id)
         nodes = self.summaries.nodes_of(layer.layer_id)

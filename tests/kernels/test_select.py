@@ -40,7 +40,7 @@ def test_every_visible_page_is_exact_once_or_pruned(
     columns = best(by_column, context.candidates(page, plan), plan)
     [(left_over, _)] = context.remainder(columns, page, plan)
     budgeted = context.pages(columns)
-    assert torch.equal(columns.sort(-1).values, context.columns(budgeted).sort(-1).values)
+    assert torch.equal(columns.sort(-1).values, context.columns(budgeted, pages).sort(-1).values)
     selected = with_fixed_pages(budgeted, page, plan)
     for n in range(blocks):
         own = int(page[n])

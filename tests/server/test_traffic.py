@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.server.conftest import Serve, Server
+from tests.server.test_batches import HIP
 from tests.server.test_hostile import become_idle, flush
 from tests.server.traffic import LONGEST, Traffic
 
@@ -27,15 +28,6 @@ pytestmark = [
     pytest.mark.timeout(60 * MINUTES + 1800),
 ]
 
-# prompts that prune, decode steps that look twice, and decode steps that search through nodes
-HIP = {
-    "sink": 64,
-    "window": 128,
-    "budget": 128,
-    "dense_threshold": 256,
-    "node_threshold": 1024,
-    "beam": 512,
-}
 CLIENTS = 12
 PROMPTS = 16
 ROUND_SECONDS = 60

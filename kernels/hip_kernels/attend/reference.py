@@ -147,7 +147,8 @@ def attend_sparse(
     logits: list[Tensor] = []
     values: list[Tensor] = []
     if context is not None and plan.remainder != "none":
-        for logit, value in context.remainder(context.columns(chosen), blocks.page, plan):
+        columns = context.columns(chosen, blocks.table.shape[1])
+        for logit, value in context.remainder(columns, blocks.page, plan):
             logits.append(logit + correction)
             values.append(value)
     # one softmax: a pruned page is a key like any other

@@ -79,17 +79,16 @@ class Context:
             mass = mass.logaddexp(self.nodes.logit.logsumexp(-1, keepdim=True))
         return mass
 
-    def columns(self, pages: Tensor) -> Tensor:
-        """The columns [Hkv, N, K] of logical pages; -1 is none."""
+    def columns(self, pages: Tensor, size: int) -> Tensor:
+        """The columns [Hkv, N, K] of logical pages, all below ``size``; -1 is none."""
         heads, blocks, _ = pages.shape
         here = self.page.expand(heads, -1, -1)
-        size = max(int(here.max()), int(pages.max())) + 2
-        column = torch.full((heads, blocks, size), -1, device=here.device)
+        column = torch.full((heads, blocks, size + 1), -1, device=here.device)
         number = torch.arange(here.shape[2], device=here.device).expand_as(here)
         # what is no page lands in the last place, which is then looked up for padding
-        column.scatter_(2, here.where(here >= 0, size - 1), number)
+        column.scatter_(2, here.where(here >= 0, size), number)
         column[..., -1] = -1
-        return column.gather(2, pages.where(pages >= 0, size - 1))
+        return column.gather(2, pages.where(pages >= 0, size))
 
     def candidates(self, own: Tensor, plan: SparsePlan) -> Tensor:
         """[Hkv | 1, N, S]: the pages between sink and window of the blocks in ``own`` [N]."""
