@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hip_sglang.runtime import doors, host_platform, request_checks
+from hip_sglang.runtime import chunks, doors, host_platform, request_checks
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         request_checks.validate_one_request,
         "lets token ids through that no row of the embedding has, and the scheduler dies of them",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
+        chunks.init_adder,
+        "takes decode steps off a chunk by the token, and aligns it for sharded KV only",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens",
+        chunks.available_chunk_tokens,
+        "cuts a chunk to what memory has left, by the token",
     ),
 )
 

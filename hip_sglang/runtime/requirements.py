@@ -11,6 +11,19 @@ BACKEND = "hip_attention"
 SUPPORTED_SGLANG = "0.5.21"
 # kinds of layers, in the words of transformers' `layer_types`
 NOT_ATTENTION = {"mamba", "linear_attention", "conv", "hybrid"}
+# architectures whose configuration does not tell: encoders, diffusion language models
+NOT_CAUSAL = {
+    "BertForSequenceClassification",
+    "BertModel",
+    "Contriever",
+    "DiffusionGemmaForBlockDiffusion",
+    "HrmTextForCausalLM",
+    "LLaDA2MoeModelLM",
+    "SDARForCausalLM",
+    "SDARMoeForCausalLM",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaModel",
+}
 
 
 class UnsupportedError(ValueError):
@@ -130,6 +143,12 @@ def check_model(model: Any, ranks: int) -> None:
             "it is an encoder-decoder",
         ),
         (is_minimax_sparse(model.hf_config), "it has a sparse attention of its own"),
+        (name in NOT_CAUSAL, "its attention is not causal"),
+        (_grok_capping(model) not in (None, "tanh"), f"it caps logits by {_grok_capping(model)}"),
+        (
+            getattr(model.hf_text_config, "attn_temperature_len", -1) > 0,
+            "it scales its logits by position",
+        ),
         (getattr(model, "use_alibi", False), "it biases its logits by distance (ALiBi)"),
         (0 < (model.attention_chunk_size or 0) < model.context_len, "it attends in chunks"),
         (_slides(model), "it has sliding-window layers"),
@@ -178,6 +197,11 @@ def check_kv_dtype(dtype: torch.dtype) -> None:
             f"{BACKEND} does not support a KV cache in {dtype}, which this checkpoint asks for; "
             "set --kv-cache-dtype bfloat16"
         )
+
+
+def _grok_capping(model: Any) -> str | None:
+    """The function that Grok's configuration names for the capping of its logits."""
+    return getattr(model.hf_text_config, "attn_logit_softcapping_method", None)
 
 
 def _slides(model: Any) -> bool:

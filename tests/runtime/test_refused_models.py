@@ -60,6 +60,15 @@ CHUNKED = {
     "llama4": ("Llama4ForConditionalGeneration", {}),
     "llama4_text": ("Llama4ForCausalLM", {**SIZES, "attention_chunk_size": 2048}),
 }
+NOT_CAUSAL = {
+    "bert": ("BertModel", {}),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification", {}),
+    # names that transformers lacks, on the configuration of a Llama
+    "llama": ("SDARForCausalLM", {}),
+}
+# Grok says in two fields of its own what it does with logits
+SCALED = {"llama": ("Grok1ForCausalLM", {**SIZES, "attn_temperature_len": 1024})}
+CAPPED = {"llama": ("Grok1ForCausalLM", {**SIZES, "attn_logit_softcapping_method": "gelu"})}
 OF_ITS_OWN = {"minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {})}
 
 
@@ -70,10 +79,13 @@ def cases():
         (RECURRENT, SIZES, "it has Mamba or linear-attention layers"),
         (ENCODER_DECODER, {}, "it is an encoder-decoder"),
         (CHUNKED, {}, "it attends in chunks"),
+        (NOT_CAUSAL, SIZES, "its attention is not causal"),
+        (SCALED, {}, "it scales its logits by position"),
+        (CAPPED, {}, "it caps logits by gelu"),
         (OF_ITS_OWN, {}, "it has a sparse attention of its own"),
     ):
         for name, (architecture, more) in models.items():
-            yield pytest.param(name, architecture, {**sizes, **more}, reason, id=name)
+            yield pytest.param(name, architecture, {**sizes, **more}, reason, id=architecture)
 
 
 @pytest.mark.parametrize(("name", "architecture", "fields", "reason"), list(cases()))
