@@ -6,11 +6,17 @@ does not carry. This platform needs torch alone, on any x86 or ARM machine.
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
 
 PLATFORM = "hip_sglang.runtime.plain_cpu.PlainCpuPlatform"
+# glibc's mallopt: its parameters' names and numbers, and the most that each takes
+MALLOPT = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": (-1, (2 << 30) - 1),
+}
 
 
 def activate() -> str | None:
@@ -29,15 +35,23 @@ def activate() -> str | None:
 
 
 def settle_environment() -> None:
-    """What torch reads when it starts, here and in child processes; the user's own word stands.
+    """What a process on a CPU needs of memory and threads; the user's own word stands.
 
-    Huge pages: a page of KV is 64 rows that lie far apart in the pool, and with small memory pages
+    Torch reads two of them from the environment when it starts, here and in child processes. Huge
+    pages: a page of KV is 64 rows that lie far apart in the pool, and with small memory pages
     each row is a miss of its own in the processor's page table cache. Threads that soon stop
     spinning: where another program wants the cores, a thread that spins keeps them from the one
-    that it waits for, at every operation.
+    that it waits for, at every operation. And memory that torch frees stays with the process: a
+    prefill step gives back gigabytes of scratch and wants them again, and the kernel would clear
+    every page of it each time.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    libc = ctypes.CDLL(None)
+    for variable, (parameter, value) in MALLOPT.items():
+        # other C libraries have no such call
+        if variable not in os.environ and hasattr(libc, "mallopt"):
+            libc.mallopt(parameter, value)
 
 
 def is_active() -> bool:

@@ -79,15 +79,20 @@ class PagedKV:
 
         return replace(self, key=copy(self.key), value=copy(self.value))
 
-    def scores(self, query: Tensor, slots: Tensor, tokens: int) -> Tensor:
+    def scores(
+        self, query: Tensor, slots: Tensor, tokens: int, out: Tensor | None = None
+    ) -> Tensor:
         """Query times keys: query [Hkv, N, M, D]; runs of ``tokens`` keys from slots [Hkv, N, K].
 
-        Returns [Hkv, N, M, K * tokens] in float32. Head by head, so that what is gathered stays
-        in the cache.
+        Returns ``out`` [Hkv, N, M, K * tokens] in float32. Head by head, so that what is gathered
+        stays in the cache.
         """
+        if out is None:
+            out = query.new_empty(*query.shape[:3], slots.shape[2] * tokens)
         keys = _each_head(self.key, slots, tokens)
-        query = query * self.key_scale
-        return torch.stack([products(q, key) for q, key in zip(query, keys, strict=True)])
+        for q, key, head in zip(query * self.key_scale, keys, out, strict=True):
+            products(q, key, head)
+        return out
 
     def mix(self, weight: Tensor, slots: Tensor, tokens: int) -> Tensor:
         """Weighted sums of values: weight [Hkv, N, M, K * tokens] -> [Hkv, N, M, Dv]."""
@@ -118,12 +123,14 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return logits.div_(cap).tanh_().mul_(cap) if cap > 0 else logits
 
 
-def products(query: Tensor, key: Tensor) -> Tensor:
+def products(query: Tensor, key: Tensor, out: Tensor | None = None) -> Tensor:
     """query [B, M, D], key [B, T, D] -> [B, M, T]."""
+    if out is None:
+        out = query.new_empty(*query.shape[:2], key.shape[1])
     if query.shape[1] < FEW_ROWS:
         # with few rows a matrix product takes the other order twice as fast on a CPU
-        return (key @ query.transpose(1, 2)).transpose(1, 2).contiguous()
-    return query @ key.transpose(1, 2)
+        return out.copy_((key @ query.transpose(1, 2)).transpose(1, 2))
+    return torch.bmm(query, key.transpose(1, 2), out=out)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from hip_kernels.select.tree import search
 from hip_kernels.select.weigh import NEVER, Context, lookup, weigh_nodes, weigh_pages
 
 # logits that a wave of query blocks may hold in scratch, over the rows of one KV head
-WAVE_LOGITS = 1 << 23
+WAVE_LOGITS = 1 << 22
 
 
 def attend(
@@ -139,26 +139,27 @@ def attend_sparse(
     pages = with_fixed_pages(chosen, blocks.page, plan)  # [Hkv, N, K] logical
     attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
     slots = lookup(blocks.table, attended) * PAGE_SIZE
-    exact = soft_cap(kv.scores(query, slots, PAGE_SIZE), plan.logit_cap)
+    pruned: list[tuple[Tensor, Tensor]] = []
+    if context is not None and plan.remainder != "none":
+        columns = context.columns(chosen, blocks.table.shape[1])
+        pruned = context.remainder(columns, blocks.page, plan)
+    # one softmax: a pruned page is a key like any other
+    widths = [slots.shape[-1] * PAGE_SIZE, *(logit.shape[-1] for logit, _ in pruned)]
+    logits = query.new_empty(*query.shape[:3], sum(widths))
+    exact, *others = torch.split(logits, widths, -1)
+    soft_cap(kv.scores(query, slots, PAGE_SIZE, exact), plan.logit_cap)
     absent = (attended < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
     if bool(absent.any()):
         exact.masked_fill_(absent.unsqueeze(2), NEVER)
     hide_future(exact, future_keys(blocks, blocks.page[:, None], query.shape[2]))
-    logits: list[Tensor] = []
-    values: list[Tensor] = []
-    if context is not None and plan.remainder != "none":
-        columns = context.columns(chosen, blocks.table.shape[1])
-        for logit, value in context.remainder(columns, blocks.page, plan):
-            logits.append(logit + correction)
-            values.append(value)
-    # one softmax: a pruned page is a key like any other
-    weight = torch.cat([exact, *logits], -1).softmax(-1)
-    at = exact.shape[-1]
-    result = kv.mix(weight[..., :at], slots, PAGE_SIZE)
-    estimated = weight[..., at:].sum(-1)
-    for logit, value in zip(logits, values, strict=True):
-        result += weight[..., at : at + logit.shape[-1]] @ value
-        at += logit.shape[-1]
+    for (logit, _), other in zip(pruned, others, strict=True):
+        torch.add(logit, correction, out=other)
+    exact, *others = torch.split(logits.softmax(-1), widths, -1)
+    result = kv.mix(exact, slots, PAGE_SIZE)
+    estimated = torch.zeros_like(correction).squeeze(-1)
+    for (_, value), other in zip(pruned, others, strict=True):
+        result += other @ value
+        estimated += other.sum(-1)
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
     return result, Selection(
         pages.transpose(0, 1),

@@ -226,12 +226,14 @@ def _log_sum_exp(parts: list[Tensor]) -> Tensor:
     """Element-wise over a few tensors: torch is slow at reducing a short axis."""
     if len(parts) == 1:
         return parts[0].clone()
-    top = parts[0]
-    for part in parts[1:]:
-        top = torch.maximum(top, part)
+    top = torch.maximum(parts[0], parts[1])
+    for part in parts[2:]:
+        torch.maximum(top, part, out=top)
     total = parts[0].sub(top).exp_()
+    # one buffer: memory that is fresh at each step costs more than what is written into it
+    term = torch.empty_like(top)
     for part in parts[1:]:
-        total += part.sub(top).exp_()
+        total += torch.sub(part, top, out=term).exp_()
     return total.log_().add_(top)
 
 
@@ -256,11 +258,9 @@ def spread(query: Tensor, sigma: Tensor, kind: Remainder, slope: Tensor | None =
         return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)).sum(-1)
     # head by head through one buffer, so that the squares stay in the cache
     square = torch.empty_like(sigma[:1])
-    squares = [
-        products(0.5 * q.square()[None], torch.square(s[None], out=square))
-        for q, s in zip(query, sigma, strict=True)
-    ]
-    quadratic = torch.cat(squares)
+    quadratic = query.new_empty(*query.shape[:2], sigma.shape[1])
+    for q, s, head in zip(query, sigma, quadratic, strict=True):
+        products(0.5 * q.square()[None], torch.square(s[None], out=square), head[None])
     if slope is not None:
         quadratic *= slope.square()
     if kind == "quadratic":
