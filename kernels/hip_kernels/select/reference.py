@@ -15,9 +15,7 @@ from hip_kernels.layout import (
     SparsePlan,
     soft_cap,
 )
-from hip_kernels.select.weigh import NEVER, Context, PageLogits, best_of_rows, lookup
-
-LEAST = torch.finfo(torch.float32).min
+from hip_kernels.select.weigh import LEAST, NEVER, Context, PageLogits, best_of_rows, lookup
 
 
 def select(
