@@ -17,10 +17,10 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo check test soak lint type bench numbers lock clean
+.PHONY: help setup demo check test soak lint type kernels-check bench numbers lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
 	@scripts/setup.sh
@@ -43,6 +43,9 @@ lint: setup ## ruff: rules and format
 
 type: setup ## mypy, strict, on the three packages
 	$(BIN)/mypy
+
+kernels-check: setup ## compile every Triton kernel for sm_80, sm_90 and sm_100; no GPU is needed
+	$(BIN)/python scripts/kernels_check.py
 
 bench: setup ## attention on this machine against dense, quickly
 	$(BIN)/hip-sglang bench attention --context 32768 --json

@@ -1,4 +1,27 @@
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
 import torch
+import triton
+import triton.experimental.gluon  # it insists on what the fixture replaces
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 # many small tensors: threads would only wait for one another
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleType]:
+    """A module whose kernels run on the CPU: what TRITON_INTERPRET=1 does, for this test alone."""
+
+    def interpret(module: ModuleType) -> ModuleType:
+        # sums and the like are kernels, too
+        for place in (module, triton.language, triton.language.standard):
+            for name, function in list(vars(place).items()):
+                if isinstance(function, JITFunction):
+                    monkeypatch.setattr(place, name, InterpretedFunction(function.fn))
+        return module
+
+    return interpret
