@@ -36,21 +36,22 @@ class PageLogits:
     """What pages weigh for query rows, each as the logit of one key."""
 
     page: Tensor  # [..., S] the estimated log of the sum of exp over the page's keys
-    parts: list[Tensor]  # L x [..., S]: q . mean of each sub-page
+    parts: Tensor  # [L, ..., S] q . mean of each sub-page
     spread: Tensor | None  # [..., S] the guarded second cumulant about those means
 
     def view(self, *shape: int) -> PageLogits:
         spread = None if self.spread is None else self.spread.view(shape)
-        return PageLogits(self.page.view(shape), [x.view(shape) for x in self.parts], spread)
+        return PageLogits(self.page.view(shape), self.parts.view(-1, *shape), spread)
 
     @classmethod
     def joined(
         cls, found: Sequence[PageLogits], join: Callable[[list[Tensor]], Tensor]
     ) -> PageLogits:
+        """``join`` counts dimensions from the last, for ``parts`` has one more in front."""
         spreads = [of.spread for of in found if of.spread is not None]
         return cls(
             join([of.page for of in found]),
-            [join(list(parts)) for parts in zip(*(of.parts for of in found), strict=True)],
+            join([of.parts for of in found]),
             join(spreads) if spreads else None,
         )
 
@@ -188,7 +189,7 @@ def _some_pages(
         page_logits(q, near, plan)
         for q, near in zip(query, summaries.each_head(physical), strict=True)
     ]
-    logits = PageLogits.joined(found, torch.stack)
+    logits = PageLogits.joined(found, partial(torch.stack, dim=-4))
     value = torch.stack(
         [of.index_select(0, at.flatten()) for of, at in zip(summaries.value, physical, strict=True)]
     )
@@ -213,31 +214,20 @@ def page_logits(query: Tensor, summaries: Summaries, plan: SparsePlan) -> PageLo
     pruned ones. Where the model caps its logits, the means' are capped as any key's, and
     deviations shrink by the slope of the cap at the heaviest mean.
     """
-    parts = [products(query, mean) for mean in summaries.mean.unbind(1)]
+    means = summaries.mean.unbind(1)
+    parts = query.new_empty(len(means), *query.shape[:2], means[0].shape[1])
+    for mean, part in zip(means, parts, strict=True):
+        products(query, mean, part)
     slope = None
     if plan.logit_cap > 0:
-        parts = [soft_cap(part, plan.logit_cap) for part in parts]
-        slope = 1 - torch.stack(parts).amax(0).div_(plan.logit_cap).square_()
-    weight = _log_sum_exp(parts).add_(math.log(PAGE_SIZE / len(parts)))
+        soft_cap(parts, plan.logit_cap)
+        slope = 1 - parts.amax(0).div_(plan.logit_cap).square_()
+    # the log-sum-exp over the means: log_softmax is the fast way to it on a CPU
+    weight = (parts[0] - parts.log_softmax(0)[0]).add_(math.log(PAGE_SIZE / len(parts)))
     if plan.remainder in ("mean", "none"):
         return PageLogits(weight, parts, None)
     guarded = spread(query, summaries.sigma, plan.remainder, slope)
     return PageLogits(weight.add_(guarded), parts, guarded)
-
-
-def _log_sum_exp(parts: list[Tensor]) -> Tensor:
-    """Element-wise over a few tensors: torch is slow at reducing a short axis."""
-    if len(parts) == 1:
-        return parts[0].clone()
-    top = torch.maximum(parts[0], parts[1])
-    for part in parts[2:]:
-        torch.maximum(top, part, out=top)
-    total = parts[0].sub(top).exp_()
-    # one buffer: memory that is fresh at each step costs more than what is written into it
-    term = torch.empty_like(top)
-    for part in parts[1:]:
-        total += torch.sub(part, top, out=term).exp_()
-    return total.log_().add_(top)
 
 
 def spread(query: Tensor, sigma: Tensor, kind: Remainder, slope: Tensor | None = None) -> Tensor:
