@@ -8,45 +8,83 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from hip_kernels.attend.triton import DecodeStep, decode
 from hip_kernels.cards import CARDS, Card, compiling_for
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.triton import Scores, score
 from hip_kernels.summarize.triton import pool, summarize
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 WIDTHS = (64, 80, 96, 128, 256)
 STORED = (torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn)
+GROUPS = (1, 8)
 PAGES = 32
 HEADS = 8
+BATCH = 3
 
 Variant = tuple[str, Callable[[], None]]
 
 
 def variants(card: Card) -> Iterator[Variant]:
     """What each launch is called, and the launch: on tensors without memory."""
+    # the conversions of e4m3 came with Ada
+    stored = [s for s in STORED if s != torch.float8_e4m3fn or card.capability >= 89]
     for width in WIDTHS:
         for means in (1, 4):
-            yield f"pool {width}, {means} means", lambda w=width, m=means: launch_pool(w, m)
-            for stored in STORED:
-                # its conversions came with Ada
-                if stored == torch.float8_e4m3fn and card.capability < 89:
-                    continue
-                yield (
-                    f"summarize {width} {str(stored).removeprefix('torch.')}, {means} means",
-                    lambda w=width, m=means, s=stored: launch_summarize(w, m, s),
-                )
+            yield f"pool {width}, {means} means", partial(launch_pool, width, means)
+            for kept in stored:
+                name = f"summarize {width} {of(kept)}, {means} means"
+                yield name, partial(launch_summarize, width, means, kept)
+        for group in GROUPS:
+            # models that cap their logits have heads of 128 or 256
+            for cap in (0.0, 50.0) if width >= 128 and group == 8 else (0.0,):
+                how = f"{width}, group of {group}" + (", capped" if cap else "")
+                yield f"score {how}", partial(launch_score, width, group, cap)
+                for kept in stored:
+                    launch = partial(launch_decode, width, group, cap, kept)
+                    yield f"decode {of(kept)} {how}", launch
+
+
+def of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def launch_summarize(width: int, means: int, stored: torch.dtype) -> None:
-    rows = torch.empty(PAGES * PAGE_SIZE, HEADS, width, dtype=stored, device="meta")
-    summarize(PagedKV(rows, rows), places(2), summaries(width, means))
+    summarize(pool_of(width, stored), integers(2, dtype=torch.int64), summaries(width, means))
 
 
 def launch_pool(width: int, means: int) -> None:
     found = summaries(width, means)
-    pool(found, places(2, NODE_PAGES), places(2), found)
+    pages, nodes = integers(2, NODE_PAGES, dtype=torch.int64), integers(2, dtype=torch.int64)
+    pool(found, pages, nodes, found)
+
+
+def launch_score(width: int, group: int, cap: float) -> None:
+    out = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
+    plan = SparsePlan(logit_cap=cap)
+    table = integers(BATCH, PAGES)
+    score(queries(width, group), summaries(width, 4), table, integers(BATCH), plan, 0.1, out)
+
+
+def launch_decode(width: int, group: int, cap: float, stored: torch.dtype) -> None:
+    query = queries(width, group)
+    rest = torch.empty(BATCH, HEADS * group, PAGES, device="meta")
+    step = DecodeStep(integers(BATCH, PAGES), integers(BATCH), integers(BATCH, HEADS, 50), rest)
+    found, share = torch.empty_like(query), torch.empty(BATCH, HEADS * group, device="meta")
+    decode(query, pool_of(width, stored), summaries(width, 4), step, 0.1, cap, found, share)
+
+
+def pool_of(width: int, stored: torch.dtype) -> PagedKV:
+    rows = torch.empty(PAGES * PAGE_SIZE, HEADS, width, dtype=stored, device="meta")
+    return PagedKV(rows, rows)
+
+
+def queries(width: int, group: int) -> torch.Tensor:
+    return torch.empty(BATCH, HEADS * group, width, dtype=torch.bfloat16, device="meta")
 
 
 def summaries(width: int, means: int) -> Summaries:
@@ -54,8 +92,8 @@ def summaries(width: int, means: int) -> Summaries:
     return Summaries.empty(PAGES, HEADS, width, width, means=means, dtype=half, device="meta")
 
 
-def places(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int64, device="meta")
+def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def main() -> int:
@@ -70,12 +108,12 @@ def main() -> int:
                     launch()
             except OutOfResources as error:
                 failed += 1
-                print(f"{card.name:7} {name:36} FAILED: {error}", flush=True)
+                print(f"{card.name:7} {name:44} FAILED: {error}", flush=True)
                 continue
             for binary in binaries:
                 failed += binary.spilled_bytes > 0
                 print(
-                    f"{card.name:7} {name:36} {binary.registers:4} registers "
+                    f"{card.name:7} {name:44} {binary.registers:4} registers "
                     f"{binary.spilled_bytes:4} bytes spilled {binary.shared_bytes:7,} bytes shared",
                     flush=True,
                 )

@@ -6,11 +6,36 @@ from types import ModuleType
 
 from torch import Tensor
 
-from hip_kernels.attend.reference import attend
+from hip_kernels.attend import reference as attending
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import PagedKV, Summaries
+from hip_kernels.layout import Choice, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
 
 __all__ = ["attend", "plan_blocks", "pool", "summarize"]
+
+
+def attend(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    blocks: QueryBlocks,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+    nodes: Summaries | None = None,
+    choice: Choice | None = None,
+) -> Selection | None:
+    """Attend the query blocks and write their rows of ``out``.
+
+    query [T, Hq, D]; out [T, Hq, Dv]. ``nodes`` are the summaries that ``blocks.nodes`` leads to;
+    ``choice`` of an earlier step is attended to, where it is given, instead of a new one. Returns
+    what was selected, None where every page was kept.
+    """
+    if query.is_cuda:
+        from hip_kernels.attend import fused
+
+        if fused.serves(blocks, plan):
+            return fused.attend(query, kv, summaries, blocks, plan, scale, out, choice)
+    return attending.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
 
 
 def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:

@@ -42,12 +42,7 @@ def attend(
     nodes: Summaries | None = None,
     choice: Choice | None = None,
 ) -> Selection | None:
-    """Attend the query blocks and write their rows of ``out``.
-
-    query [T, Hq, D]; out [T, Hq, Dv]. ``nodes`` are the summaries that ``blocks.nodes`` leads to;
-    ``choice`` of an earlier step is attended to, where it is given, instead of a new one. Returns
-    what was selected, None where every page was kept.
-    """
+    """Attend the query blocks and write their rows of ``out`` (see ``ops.attend``)."""
     if blocks.local is None:
         attend_all(query, kv, blocks, scale, plan.logit_cap, out)
         return None

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
 
 
@@ -56,26 +57,6 @@ def _sizes(of: Summaries) -> dict[str, int]:
         "VALUE_BLOCK": triton.next_power_of_2(value_width),
         "num_warps": 4 if max(width, value_width) <= 128 else 8,
     }
-
-
-def check(
-    name: str, what: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
-) -> None:
-    """Assert a shape (None is any size), no gaps, and a dtype."""
-    fits = what.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, what.shape, strict=True)
-    )
-    assert fits, f"{name} has the shape {tuple(what.shape)}; it must be {shape}"
-    assert what.is_contiguous(), f"{name} has gaps: its strides are {what.stride()}"
-    assert dtype in (None, what.dtype), f"{name} is {what.dtype}; it must be {dtype}"
-
-
-def check_summaries(name: str, of: Summaries, heads: int) -> None:
-    means, pages, width = of.mean.shape[1:]
-    assert PAGE_SIZE % means == 0, f"{name}.mean has {means} means a page of {PAGE_SIZE} tokens"
-    check(f"{name}.mean", of.mean, (heads, means, pages, width))
-    check(f"{name}.sigma", of.sigma, (heads, pages, width), of.mean.dtype)
-    check(f"{name}.value", of.value, (heads, pages, None), of.mean.dtype)
 
 
 @triton.jit

@@ -1,0 +1,29 @@
+"""What kernels ask of their arguments, at the launchers' doors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hip_kernels.layout import PAGE_SIZE, Summaries
+
+
+def check(
+    name: str, what: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
+) -> None:
+    """Assert a shape (None is any size), no gaps, and a dtype."""
+    fits = what.ndim == len(shape) and all(
+        wanted in (None, size) for wanted, size in zip(shape, what.shape, strict=True)
+    )
+    assert fits, f"{name} has the shape {tuple(what.shape)}; it must be {shape}"
+    assert what.is_contiguous(), f"{name} has gaps: its strides are {what.stride()}"
+    assert dtype in (None, what.dtype), f"{name} is {what.dtype}; it must be {dtype}"
+
+
+def check_summaries(name: str, of: Summaries, heads: int) -> None:
+    """Assert that the three tensors belong together."""
+    means, pages, width = of.mean.shape[1:]
+    assert PAGE_SIZE % means == 0, f"{name}.mean has {means} means a page of {PAGE_SIZE} tokens"
+    check(f"{name}.mean", of.mean, (heads, means, pages, width))
+    check(f"{name}.sigma", of.sigma, (heads, pages, width), of.mean.dtype)
+    check(f"{name}.value", of.value, (heads, pages, None), of.mean.dtype)
