@@ -1,7 +1,7 @@
 """A sparse decode step by kernels: weigh, choose, attend.
 
-The same as ``reference.attend`` for the blocks that it serves. Choosing between the two kernels is
-still torch's; everything of a step stays on the device.
+The same as ``reference.attend`` for the blocks that it serves. What chooses, between the two
+kernels, is the reference's torch.
 """
 
 from __future__ import annotations
