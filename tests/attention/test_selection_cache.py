@@ -30,8 +30,18 @@ def test_it_chooses_first_and_then_by_length_alone(cache):
 
 
 def test_a_step_that_is_not_sparse_leaves_nothing(cache):
-    # the page from 256 on is the first that is sparse: its first step has nothing to use again
-    assert steps(cache, "a", range(254, 262)) == [False] * 4 + [True] * 2 + [False, True]
+    # the page from 256 on is the first that is sparse: its first step has nothing to use again,
+    # and what a page's first step chose does not last
+    assert steps(cache, "a", range(254, 262)) == [False] * 5 + [True, False, True]
+
+
+def test_a_prompt_that_ends_with_a_pages_first_token_goes_on_alike(cache):
+    assert not bool(cache.step([0], ["cold"], [0], [961], START)[0])
+    cold = steps(cache, "cold", [962, 963])
+    # all but that token were cached: it comes as a decode step does
+    hit = steps(cache, "hit", [961, 962, 963], row=1)[1:]
+    decoded = steps(cache, "decoded", range(959, 964), row=2)[3:]
+    assert cold == hit == decoded == [False, True]
 
 
 def test_another_owner_of_the_row_chooses_anew(cache):
