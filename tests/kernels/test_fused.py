@@ -51,11 +51,8 @@ def batch() -> tuple[list[door.Request], torch.Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"second_look": 1},
         {"second_look": 2, "top_p": 0.5},
         {"remainder": "quadratic"},
-        {"remainder": "mean"},
         {"remainder": "none"},
         {"logit_cap": 3.0, "second_look": 1},
         {"sink_pages": 0, "window_pages": 0},
