@@ -1,4 +1,4 @@
-"""Compiles every kernel variant that we ship, for every card, without a GPU.
+"""Compiles every kernel for every card, at the head dims, groups and dtypes of models; no GPU.
 
 Prints a line for each; exit code 1 where one spills registers or wants more shared memory than a
 block of that card has.

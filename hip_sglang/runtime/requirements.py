@@ -134,6 +134,8 @@ def check_model(model: Any, ranks: int) -> None:
         # served by transformers' own code, which sglang's list does not know
         or not NOT_ATTENTION.isdisjoint(getattr(model.hf_text_config, "layer_types", None) or ())
     )
+    # grok's word for the function that caps its logits
+    capping = getattr(model.hf_text_config, "attn_logit_softcapping_method", None)
     for unsupported, why in (
         (mamba, "it has Mamba or linear-attention layers"),
         (not mamba and model.attention_arch != AttentionArch.MHA, "it uses latent attention (MLA)"),
@@ -144,7 +146,7 @@ def check_model(model: Any, ranks: int) -> None:
         ),
         (is_minimax_sparse(model.hf_config), "it has a sparse attention of its own"),
         (name in NOT_CAUSAL, "its attention is not causal"),
-        (_grok_capping(model) not in (None, "tanh"), f"it caps logits by {_grok_capping(model)}"),
+        (capping not in (None, "tanh"), f"it caps logits by {capping}"),
         (
             getattr(model.hf_text_config, "attn_temperature_len", -1) > 0,
             "it scales its logits by position",
@@ -197,11 +199,6 @@ def check_kv_dtype(dtype: torch.dtype) -> None:
             f"{BACKEND} does not support a KV cache in {dtype}, which this checkpoint asks for; "
             "set --kv-cache-dtype bfloat16"
         )
-
-
-def _grok_capping(model: Any) -> str | None:
-    """The function that Grok's configuration names for the capping of its logits."""
-    return getattr(model.hf_text_config, "attn_logit_softcapping_method", None)
 
 
 def _slides(model: Any) -> bool:

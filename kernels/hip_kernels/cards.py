@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -117,6 +115,3 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-    def get_active_torch_device(self) -> Any:
-        return torch.device("meta")

@@ -37,8 +37,8 @@ class Case:
         self.summaries = Summaries.empty(pool, kv_heads, width, value_width, dtype=dtype)
         self.summaries.value.normal_()
         self.query = torch.randn(batch, heads, width).to(dtype)
-        table = torch.randperm(pool)[: batch * most].view(batch, most).int()
-        exact = torch.full((batch, kv_heads, most), -1, dtype=torch.int32)
+        table = torch.randperm(pool)[: batch * most].view(batch, most)
+        exact = torch.full((batch, kv_heads, most), -1, dtype=torch.int64)
         rest = torch.randn(batch, heads, most)
         for request, length in enumerate(lengths):
             pages = -(-length // PAGE_SIZE)
@@ -53,7 +53,7 @@ class Case:
         # beyond a request nothing in the table is a page of the pool
         for request, length in enumerate(lengths):
             table[request, -(-length // PAGE_SIZE) :] = 1 << 30
-        of_lengths = torch.tensor(lengths, dtype=torch.int32)
+        of_lengths = torch.tensor(lengths, dtype=torch.int64)
         self.step = module.DecodeStep(table, of_lengths, exact, rest)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ def batch() -> tuple[list[door.Request], torch.Tensor]:
     [
         {"second_look": 2, "top_p": 0.5},
         {"remainder": "quadratic"},
+        {"remainder": "mean", "second_look": 1},
         {"remainder": "none"},
         {"logit_cap": 3.0, "second_look": 1},
         {"sink_pages": 0, "window_pages": 0},

@@ -54,8 +54,8 @@ def test_scores_equal_the_reference(
     summaries = made(kv_heads, width, means, dtype)
     query = torch.randn(BATCH, heads, width).bfloat16()
     # both inside a tile and across tiles, and a request without a page
-    visible = torch.tensor([67, 0, 5], dtype=torch.int32)
-    table = torch.stack([torch.randperm(POOL)[:pages] for _ in range(BATCH)]).int()
+    visible = torch.tensor([67, 0, 5], dtype=torch.int64)
+    table = torch.stack([torch.randperm(POOL)[:pages] for _ in range(BATCH)])
     # what lies beyond is no page of the pool
     table[2, 5:] = 1 << 30
     out = poisoned(heads, pages, means)
@@ -81,8 +81,8 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
     summaries = made(1, 64, 4, HALF)
     summaries.sigma.fill_(1000.0)
     out = poisoned(1, 3, 4)
-    query, table = torch.randn(BATCH, 1, 64), torch.arange(9, dtype=torch.int32).view(3, 3)
-    visible = torch.full((3,), 3, dtype=torch.int32)
+    query, table = torch.randn(BATCH, 1, 64), torch.arange(9, dtype=torch.int64).view(3, 3)
+    visible = torch.full((3,), 3, dtype=torch.int64)
     kernels.score(query, summaries, table, visible, SparsePlan(), 1.0, out)
     assert out.spread.isfinite().all()
 
@@ -92,8 +92,8 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
     [
         ("query", {"query": torch.empty(BATCH, 4, 32)}),
         ("query", {"query": torch.empty(BATCH, 3, 64)}),
-        ("table", {"table": torch.zeros(BATCH, 5, dtype=torch.int64)}),
-        ("visible", {"visible": torch.zeros(BATCH + 1, dtype=torch.int32)}),
+        ("table", {"table": torch.zeros(BATCH, 5, dtype=torch.int32)}),
+        ("visible", {"visible": torch.zeros(BATCH + 1, dtype=torch.int64)}),
         ("out.page", {"out": poisoned(4, 6, 4)}),
         ("plan.remainder", {"plan": SparsePlan(remainder="log_cosh")}),
     ],
@@ -102,8 +102,8 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
     given = {
         "query": torch.empty(BATCH, 4, 64),
         "summaries": made(2, 64, 4, FULL),
-        "table": torch.zeros(BATCH, 5, dtype=torch.int32),
-        "visible": torch.zeros(BATCH, dtype=torch.int32),
+        "table": torch.zeros(BATCH, 5, dtype=torch.int64),
+        "visible": torch.zeros(BATCH, dtype=torch.int64),
         "plan": SparsePlan(),
         "scale": 1.0,
         "out": poisoned(4, 5, 4),

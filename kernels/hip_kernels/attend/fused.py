@@ -34,15 +34,14 @@ def attend(
     choice: Choice | None = None,
 ) -> Selection:
     """Attend one token a request and write its row of ``out``, as ``reference.attend`` does."""
-    table = blocks.table.expand(len(blocks), -1).int().contiguous()  # [N, P]
+    table = blocks.table.expand(len(blocks), -1).contiguous()  # [N, P]
     token = blocks.tokens.squeeze(1)
     q = query.index_select(0, token)  # [N, Hq, D]
     scores = weighing.Scores.empty(
         len(blocks), q.shape[1], table.shape[1], summaries.mean.shape[1], q.device
     )
-    visible = blocks.page.int()
-    weighing.score(q, summaries, table, visible, plan, scale, scores)
-    context = _context(scores, visible, kv.kv_heads)
+    weighing.score(q, summaries, table, blocks.page, plan, scale, scores)
+    context = _context(scores, blocks.page, kv.kv_heads, plan)
     if choice is None:
         rows = rows_of(query, blocks, kv.kv_heads) * scale
         chosen, correction = select(rows, context, kv, blocks, plan)
@@ -56,8 +55,8 @@ def attend(
         # without nodes a column is the page of its number
         [(logit, _)] = context.remainder(chosen, blocks.page, plan)
         rest = (logit + correction).transpose(0, 1).flatten(1, 2)
-    exact = pages.transpose(0, 1).int().contiguous()
-    length = (blocks.position.squeeze(1) + 1).int()
+    exact = pages.transpose(0, 1).contiguous()
+    length = blocks.position.squeeze(1) + 1
     step = attending.DecodeStep(table, length, exact, rest.contiguous())
     result = out.new_empty(len(blocks), *out.shape[1:])
     estimated = rest.new_empty(len(blocks), q.shape[1])
@@ -72,7 +71,7 @@ def attend(
     )
 
 
-def _context(scores: weighing.Scores, visible: Tensor, kv_heads: int) -> Context:
+def _context(scores: weighing.Scores, visible: Tensor, kv_heads: int, plan: SparsePlan) -> Context:
     """The scores as selection reads them: heads first, a column for each page of a request."""
 
     def heads_first(of: Tensor) -> Tensor:  # [..., N, Hq, P] -> [..., Hkv, N, G, P]
@@ -81,8 +80,7 @@ def _context(scores: weighing.Scores, visible: Tensor, kv_heads: int) -> Context
 
     number = torch.arange(scores.page.shape[-1], device=visible.device)
     page = number.where(number < visible[:, None], -1)
-    logits = PageLogits(
-        heads_first(scores.page), heads_first(scores.parts), heads_first(scores.spread)
-    )
+    spread = heads_first(scores.spread) if weighing.GUARDS[plan.remainder] else None
+    logits = PageLogits(heads_first(scores.page), heads_first(scores.parts), spread)
     # the values of pages are the attending kernel's to read
     return Context(page[None], logits, scores.page.new_empty(0))

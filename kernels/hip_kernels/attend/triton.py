@@ -15,22 +15,20 @@ from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.tiles import PAGES_A_TILE, load_rows, rows_of_group, soft_capped
 
-# a matrix product on tensor cores has at least so many rows
-LEAST_ROWS = 16
 # what one program attends to: exact pages, or tiles of estimated ones
 EXACT_A_SPLIT = 4
 TILES_A_SPLIT = 4
-PAGES_A_TILE = 64
 
 
 @dataclass(frozen=True)
 class DecodeStep:
     """What decode steps [B] attend to."""
 
-    table: Tensor  # [B, P] int32 physical pages in logical order
-    lengths: Tensor  # [B] int32 tokens, the new one included
-    exact: Tensor  # [B, Hkv, K] int32 logical pages attended exactly; -1 is padding
+    table: Tensor  # [B, P] physical pages in logical order
+    lengths: Tensor  # [B] tokens, the new one included
+    exact: Tensor  # [B, Hkv, K] logical pages attended exactly; -1 is padding
     rest: Tensor  # [B, Hq, P] float32 logits of all other pages, each as one key; -inf is none
 
 
@@ -55,9 +53,9 @@ def decode(
     check("kv.key", kv.key, (None, kv_heads, width))
     check("kv.value", kv.value, (len(kv.key), kv_heads, value_width))
     check_summaries("summaries", summaries, kv_heads)
-    check("step.table", step.table, (batch, pages), torch.int32)
-    check("step.lengths", step.lengths, (batch,), torch.int32)
-    check("step.exact", step.exact, (batch, kv_heads, None), torch.int32)
+    check("step.table", step.table, (batch, pages), torch.int64)
+    check("step.lengths", step.lengths, (batch,), torch.int64)
+    check("step.exact", step.exact, (batch, kv_heads, None), torch.int64)
     check("step.rest", step.rest, (batch, heads, pages), torch.float32)
     check("out", out, (batch, heads, value_width))
     check("estimated", estimated, (batch, heads), torch.float32)
@@ -79,7 +77,7 @@ def decode(
         VALUE_WIDTH=value_width,
         BLOCK=triton.next_power_of_2(width),
         VALUE_BLOCK=triton.next_power_of_2(value_width),
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
+        ROWS=rows_of_group(group),
         EXACT=EXACT_A_SPLIT,
         TILES=TILES_A_SPLIT,
         TILE=PAGES_A_TILE,
@@ -149,23 +147,15 @@ def _decode(
             listed = exact + (request * kv_heads + head) * exact_count + column
             page = tl.load(listed, mask=column < exact_count, other=-1)
             if page >= 0:
-                slot = tl.load(table + request * pages + page).to(tl.int64) * PAGE + offset
+                slot = tl.load(table + request * pages + page) * PAGE + offset
                 seen = page * PAGE + offset < length
                 place = slot * kv_heads + head
-                k = tl.load(
-                    key + place[:, None] * WIDTH + d[None, :],
-                    mask=seen[:, None] & (d < WIDTH)[None, :],
-                    other=0.0,
-                )
+                k = load_rows(key, place, seen, WIDTH, BLOCK)
                 logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
                 if CAPS:
-                    logit = cap * (2 * tl.sigmoid(2 * logit / cap) - 1)
+                    logit = soft_capped(logit, cap)
                 logit = tl.where(seen[None, :], logit, float("-inf"))
-                rows = tl.load(
-                    value + place[:, None] * VALUE_WIDTH + v[None, :],
-                    mask=seen[:, None] & (v < VALUE_WIDTH)[None, :],
-                    other=0.0,
-                )
+                rows = load_rows(value, place, seen, VALUE_WIDTH, VALUE_BLOCK)
                 top, total, mixed = _more(top, total, mixed, logit, rows.to(q.dtype))
         mixed *= value_scale
     else:
@@ -175,12 +165,9 @@ def _decode(
             shown = real[:, None] & (column < pages)[None, :]
             logit = tl.load(rest + there, mask=shown, other=float("-inf"))
             some = tl.max(logit, 0) > float("-inf")
-            place = tl.load(table + request * pages + column, mask=some, other=0).to(tl.int64)
-            rows = tl.load(
-                mean_value + (head * pool_pages + place)[:, None] * VALUE_WIDTH + v[None, :],
-                mask=some[:, None] & (v < VALUE_WIDTH)[None, :],
-                other=0.0,
-            )
+            place = tl.load(table + request * pages + column, mask=some, other=0)
+            place += head * pool_pages
+            rows = load_rows(mean_value, place, some, VALUE_WIDTH, VALUE_BLOCK)
             top, total, mixed = _more(top, total, mixed, logit, rows)
     at = here * tl.num_programs(0) + split
     tl.store(mass + at, top + tl.log(total), mask=real)

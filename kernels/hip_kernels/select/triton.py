@@ -14,10 +14,8 @@ from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import PAGE_SIZE, SparsePlan, Summaries
+from hip_kernels.tiles import PAGES_A_TILE, load_rows, rows_of_group, soft_capped
 
-# a matrix product on tensor cores has at least so many rows
-LEAST_ROWS = 16
-PAGES_A_TILE = 64
 GUARDS = {"none": 0, "mean": 0, "quadratic": 1, "harmonic": 2}
 
 
@@ -27,7 +25,7 @@ class Scores:
 
     page: Tensor  # [B, Hq, P] float32: the logit of the page as one key
     parts: Tensor  # [L, B, Hq, P] float32: q . mean of each sub-page
-    spread: Tensor  # [B, Hq, P] float32: the guarded second cumulant
+    spread: Tensor  # [B, Hq, P] float32: the guarded second cumulant, written where there is one
 
     @classmethod
     def empty(cls, batch: int, heads: int, pages: int, means: int, device: torch.device) -> Scores:
@@ -48,7 +46,7 @@ def score(
 ) -> None:
     """Weigh the pages of each request for its decode step.
 
-    query [B, Hq, D]; table [B, P] int32, physical pages in logical order; visible [B] int32, how
+    query [B, Hq, D]; table [B, P], physical pages in logical order; visible [B], how
     many of them are complete and before the token.
     """
     batch, heads, width = query.shape
@@ -57,8 +55,8 @@ def score(
     assert plan.remainder in GUARDS, f"plan.remainder {plan.remainder} has no kernel: {[*GUARDS]}"
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
     check("query", query, (None, None, summaries.mean.shape[-1]))
-    check("table", table, (batch, None), torch.int32)
-    check("visible", visible, (batch,), torch.int32)
+    check("table", table, (batch, None), torch.int64)
+    check("visible", visible, (batch,), torch.int64)
     check_summaries("summaries", summaries, kv_heads)
     check("out.page", out.page, (batch, heads, pages), torch.float32)
     check("out.parts", out.parts, (means, batch, heads, pages), torch.float32)
@@ -75,7 +73,7 @@ def score(
         CAPS=plan.logit_cap > 0,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
+        ROWS=rows_of_group(group),
         TILE=PAGES_A_TILE,
         # a wider head spills with four
         num_warps=4 if width <= 128 else 8,
@@ -119,14 +117,14 @@ def _score(
     real = (row < GROUP)[:, None] & (d < WIDTH)[None, :]
     q = tl.load(query + here[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
     q = q.to(tl.float32) * scale
-    place = tl.load(table + request * pages + column, mask=seen, other=0).to(tl.int64)
+    place = tl.load(table + request * pages + column, mask=seen, other=0)
 
     top = tl.full((ROWS, TILE), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, TILE), tl.float32)
     for part in tl.static_range(MEANS):
         logit = part_logits(q, mean, (head * MEANS + part) * count + place, seen, WIDTH, BLOCK)
         if CAPS:
-            logit = cap * (2 * tl.sigmoid(2 * logit / cap) - 1)
+            logit = soft_capped(logit, cap)
         better = tl.maximum(top, logit)
         total = total * tl.exp(top - better) + tl.exp(logit - better)
         top = better
@@ -176,11 +174,3 @@ def guarded(
     linear = tl.dot(linear, tl.trans(deviation), input_precision="ieee") * slope
     # 0 where both are 0
     return quadratic * linear / (quadratic + linear + 1.17549435e-38)
-
-
-@triton.jit
-def load_rows(rows, row, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [TILE] of a pool, 0 where not seen -> [TILE, BLOCK]."""
-    d = tl.arange(0, BLOCK)
-    real = seen[:, None] & (d < WIDTH)[None, :]
-    return tl.load(rows + row[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
