@@ -54,12 +54,12 @@ def of(dtype: torch.dtype) -> str:
 
 
 def launch_summarize(width: int, means: int, stored: torch.dtype) -> None:
-    summarize(pool_of(width, stored), integers(2, dtype=torch.int64), summaries(width, means))
+    summarize(pool_of(width, stored), integers(2), summaries(width, means))
 
 
 def launch_pool(width: int, means: int) -> None:
     found = summaries(width, means)
-    pages, nodes = integers(2, NODE_PAGES, dtype=torch.int64), integers(2, dtype=torch.int64)
+    pages, nodes = integers(2, NODE_PAGES), integers(2)
     pool(found, pages, nodes, found)
 
 
@@ -92,8 +92,8 @@ def summaries(width: int, means: int) -> Summaries:
     return Summaries.empty(PAGES, HEADS, width, width, means=means, dtype=half, device="meta")
 
 
-def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def integers(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def main() -> int:

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 from hip_kernels.cards import CARDS, compiling_for
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
-from hip_kernels.summarize.triton import summarize
 from triton.runtime.errors import OutOfResources
+
+from scripts.kernels_check import variants
 
 
 @triton.jit
@@ -27,17 +27,24 @@ def tensor(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_a_kernel_that_we_ship_compiles_for_a_card(card):
-    rows = torch.empty(4 * PAGE_SIZE, 2, 80, dtype=torch.bfloat16, device="meta")
-    out = Summaries.empty(4, 2, 80, 80, dtype=torch.float16, device="meta")
-    pages = torch.empty(2, dtype=torch.int64, device="meta")
+def test_each_kernel_compiles_for_a_card(card):
+    # one of the many that `make kernels-check` compiles
+    wanted = (
+        "pool 80, 4",
+        "summarize 80 bfloat16, 4",
+        "score 80, group of 8",
+        "decode bfloat16 80",
+    )
+    launches = [launch for name, launch in variants(card) if name.startswith(wanted)]
     with compiling_for(card) as binaries:
-        summarize(PagedKV(rows, rows), pages, out)
-    [binary] = binaries
-    assert binary.kernel == "_summarize"
-    assert 16 < binary.registers <= 255
-    assert binary.spilled_bytes == 0
-    assert 0 < binary.shared_bytes < card.shared_bytes
+        for launch in launches:
+            launch()
+    kernels = {binary.kernel for binary in binaries}
+    assert kernels == {"_pool", "_summarize", "_score", "_decode", "_merge"}
+    for binary in binaries:
+        assert 16 < binary.registers <= 255
+        assert binary.spilled_bytes == 0
+        assert binary.shared_bytes < card.shared_bytes
 
 
 def test_a_spill_is_seen():
