@@ -59,6 +59,7 @@ class ForwardPlan:
 
     prefix_lens: list[int]  # [B] tokens of each request that are in the pool already
     seq_lens: list[int]  # [B] with the tokens of this pass
+    decodes: Tensor  # [B] requests that are decode steps
     page_table: Tensor  # [B, P] physical pages; past a request's end anything
     completed: Tensor  # [C] physical pages whose 64th token this pass writes
     request_ids: list[str]
@@ -79,27 +80,33 @@ class ForwardPlan:
         """req_to_token: SGLang's table [rows, context], slot of each request's every token."""
         assert batch.seq_lens_cpu is not None
         seq_lens = batch.seq_lens_cpu.tolist()
+        names = batch.rids or []
         if batch.forward_mode.is_decode():
             prefix_lens = [length - 1 for length in seq_lens]
+            prompts = 0
         else:
             prefix_lens = list(batch.extend_prefix_lens_cpu)
+            # SGLang's warm-up batches are prompts without a name
+            prompts = len(seq_lens) - getattr(names, "decode_steps", 0)
+        decodes = torch.arange(len(seq_lens)) >= prompts
         longest = max(seq_lens, default=0)
         # a page is 64 slots in a row, so its first token tells where it is
         first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
         page_table = first_slots.long() // PAGE_SIZE
         completed = completed_pages(prefix_lens, seq_lens, page_table)
-        rows, names = batch.req_pool_indices, list(batch.rids or [])
+        rows = batch.req_pool_indices
         nodes, reuses = None, None
         if directory is not None and config.nodes_from is not None:
             nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table, completed)
         if cache is not None and names:
-            reuses = cache.step(rows.tolist(), names, prefix_lens, seq_lens, config.start)
+            reuses = cache.step(rows.tolist(), names, decodes.tolist(), seq_lens, config.start)
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,
+            decodes=decodes,
             page_table=page_table,
             completed=completed,
-            request_ids=names,
+            request_ids=list(names),
             rows=rows,
             nodes=nodes,
             reuses=reuses,
@@ -113,6 +120,7 @@ class ForwardPlan:
                 self.prefix_lens,
                 self.seq_lens,
                 self.page_table,
+                decodes=self.decodes,
                 sparse_from=layer.sparse_from,
                 sparse_decode_from=layer.sparse_decode_from,
                 nodes_from=None if self.nodes is None else self.nodes.start,

@@ -16,9 +16,8 @@ class SelectionCache:
     A step chooses anew when its length divides by ``refresh``, and when the step before it in the
     same row was not of the same request, at the position before, and sparse: so after a prompt, a
     retraction, an abort or another owner of the row. It follows from the request alone, never from
-    who else is in the batch. After the first token of a page a step chooses anew, too: a prompt
-    that ends there may come with that one token, all others being cached, and then looks like a
-    decode step. What is kept are positions within the request: SGLang may move its pages.
+    who else is in the batch. What is kept are positions within the request: SGLang may move its
+    pages.
     """
 
     def __init__(self, rows: int, budget_pages: int, refresh: int) -> None:
@@ -32,7 +31,7 @@ class SelectionCache:
         self,
         rows: Sequence[int],
         request_ids: Sequence[str],
-        prefix_lens: Sequence[int],
+        decodes: Sequence[bool],
         seq_lens: Sequence[int],
         sparse_from: int,
     ) -> Tensor:
@@ -41,13 +40,11 @@ class SelectionCache:
         ``sparse_from``: decode steps in pages from this position on are sparse.
         """
         again = []
-        for row, name, prefix, length in zip(rows, request_ids, prefix_lens, seq_lens, strict=True):
-            decode = length - prefix == 1
+        for row, name, decode, length in zip(rows, request_ids, decodes, seq_lens, strict=True):
             held = self._owner[row] == (name, length - 2)
             again.append(decode and held and length % self.refresh != 0)
             sparse = (length - 1) // PAGE_SIZE * PAGE_SIZE >= sparse_from
-            lasts = decode and sparse and prefix % PAGE_SIZE > 0
-            self._owner[row] = (name, length - 1) if lasts else None
+            self._owner[row] = (name, length - 1) if decode and sparse else None
         return torch.tensor(again, dtype=torch.bool)
 
     def keep(self, layer_id: int, rows: Tensor, choice: Choice) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hip_sglang.runtime import chunks, doors, host_platform, request_checks
+from hip_sglang.runtime import chunks, doors, host_platform, mixed, request_checks
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ HOOKS = (
         "sglang.srt.mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens",
         chunks.available_chunk_tokens,
         "cuts a chunk to what memory has left, by the token",
+    ),
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        mixed.init_new,
+        "drops which requests of a mixed batch are decode steps, and its runner the mode itself",
     ),
 )
 

@@ -17,6 +17,7 @@ def plan_blocks(
     seq_lens: Sequence[int],
     page_table: Tensor,
     *,
+    decodes: Tensor | None = None,
     sparse_from: int | None,
     sparse_decode_from: int | None,
     nodes_from: int | None = None,
@@ -26,10 +27,10 @@ def plan_blocks(
     """Cut a batch of extends into query blocks that can be computed together.
 
     Request b brings the tokens ``prefix_lens[b] .. seq_lens[b] - 1``, back to back in the flat
-    batch; page_table [B, P] leads from its logical pages to physical ones. A request that brings
-    one token is a decode step, whether it arrives in a decode batch or in a mixed one. Blocks at
-    positions from ``sparse_from`` on (``sparse_decode_from`` for decode steps) prune; None never
-    does. Only a block's own position decides, never the batch.
+    batch; page_table [B, P] leads from its logical pages to physical ones. ``decodes`` [B] marks
+    the decode steps; without it they are the requests that bring one token. Blocks at positions
+    from ``sparse_from`` on (``sparse_decode_from`` for decode steps) prune; None never does. Only a
+    block's own position decides, never the batch.
 
     The last row of an incomplete page predicts the first new token. Where it prunes it is a block
     of its own, as the decode steps after it: it need not share a budget with up to 62 others.
@@ -42,7 +43,7 @@ def plan_blocks(
     length = torch.tensor(seq_lens, dtype=torch.int64)
     start = (length - prefix).cumsum(0) - (length - prefix)  # [B] first row in the flat batch
     page = (length - 1) // PAGE_SIZE
-    decode = length - prefix == 1
+    decode = length - prefix == 1 if decodes is None else decodes
     again = torch.zeros_like(decode) if reuses is None else reuses
     tail = ~decode & (length % PAGE_SIZE != 0) & (length > prefix)
     tail &= page * PAGE_SIZE >= (_NEVER if sparse_from is None else sparse_from)
@@ -72,7 +73,7 @@ def plan_blocks(
     found = of(decode & ~again, length, 1, sparse_decode_from)
     found += of(decode & again, length, 1, sparse_decode_from, reuses=True)
     found += of(tail, length, 1, sparse_from)
-    found += of((first == last) & ~decode & (length > prefix), end, PAGE_SIZE, sparse_from)
+    found += of((first == last) & ~decode & (end > prefix), end, PAGE_SIZE, sparse_from)
     for b in ((last > first) & ~decode).nonzero().flatten().tolist():
         found += _split_by(
             sparse_from,

@@ -18,7 +18,7 @@ def cache():
 
 def steps(cache, name, lengths, row=0):
     """Decode steps of one request: which use again what was chosen."""
-    return [bool(cache.step([row], [name], [n - 1], [n], START)[0]) for n in lengths]
+    return [bool(cache.step([row], [name], [True], [n], START)[0]) for n in lengths]
 
 
 def test_it_chooses_first_and_then_by_length_alone(cache):
@@ -30,23 +30,12 @@ def test_it_chooses_first_and_then_by_length_alone(cache):
 
 
 def test_a_step_that_is_not_sparse_leaves_nothing(cache):
-    # the page from 256 on is the first that is sparse: its first step has nothing to use again,
-    # and what a page's first step chose does not last
-    assert steps(cache, "a", range(254, 262)) == [False] * 5 + [True, False, True]
-
-
-def test_a_prompt_that_ends_with_a_pages_first_token_goes_on_alike(cache):
-    assert not bool(cache.step([0], ["cold"], [0], [961], START)[0])
-    cold = steps(cache, "cold", [962, 963])
-    # all but that token were cached: it comes as a decode step does
-    hit = steps(cache, "hit", [961, 962, 963], row=1)[1:]
-    decoded = steps(cache, "decoded", range(959, 964), row=2)[3:]
-    assert cold == hit == decoded == [False, True]
+    # the page from 256 on is the first that is sparse: its first step has nothing to use again
+    assert steps(cache, "a", range(254, 262)) == [False] * 4 + [True, True, False, True]
 
 
 def test_another_owner_of_the_row_chooses_anew(cache):
     steps(cache, "a", [1001])
-    # a prompt that was cached but for its last token looks like a decode step
     assert steps(cache, "b", [1002]) == [False]
     assert steps(cache, "a", [1003]) == [False]
 
@@ -54,8 +43,9 @@ def test_another_owner_of_the_row_chooses_anew(cache):
 def test_a_prompt_and_a_gap_choose_anew(cache):
     steps(cache, "a", [1001])
     assert steps(cache, "a", [1003]) == [False]
-    assert not bool(cache.step([0], ["a"], [1003], [1005], START)[0])
-    assert steps(cache, "a", [1006, 1007]) == [False, True]
+    # the last token of a prompt that was cached but for it
+    assert not bool(cache.step([0], ["a"], [False], [1004], START)[0])
+    assert steps(cache, "a", [1005, 1006]) == [False, True]
 
 
 def test_a_request_moves_to_another_row(cache):
@@ -90,19 +80,19 @@ def test_no_schedule_makes_it_stale(cache, seed):
                 del running[row]
         batch = [row for row in running if chance.random() < 0.9]
         chance.shuffle(batch)
-        prefixes, lengths = [], []
+        decodes, lengths = [], []
         for row in batch:
             request = running[row]
             more = 1 if chance.random() < 0.95 else chance.randint(1, 70)
-            prefixes.append(request[1])
+            decodes.append(more == 1 and chance.random() < 0.98)
             request[1] += more
             lengths.append(request[1])
         names = [running[row][0] for row in batch]
-        again = cache.step(batch, names, prefixes, lengths, START)
-        for row, prefix, length, reuses in zip(batch, prefixes, lengths, again, strict=True):
+        again = cache.step(batch, names, decodes, lengths, START)
+        for row, decode, length, reuses in zip(batch, decodes, lengths, again, strict=True):
             request = running[row]
-            if length - prefix != 1 or (length - 1) // 64 * 64 < START:
-                assert not (reuses and length - prefix != 1)
+            if not decode or (length - 1) // 64 * 64 < START:
+                assert decode or not reuses
                 request[2] = None
                 continue
             mark = hash((request[0], request[2])) if reuses else hash((request[0], length))

@@ -25,7 +25,8 @@ def test_decode_steps_are_told_by_request_and_prefill_is_left_out(tmp_path):
     prefix, length = [570, 1000, 600], [640, 1001, 601]
     table = torch.arange(PAGES).repeat(3, 1)
     names, nothing, rows = ["chunk", "long", "short"], torch.arange(0), torch.arange(3)
-    plan = ForwardPlan(prefix, length, table, nothing, names, rows)
+    decodes = torch.tensor([False, True, True])
+    plan = ForwardPlan(prefix, length, decodes, table, nothing, names, rows)
     query = torch.randn(72, 4, 8)
     trace = SelectionTrace(tmp_path / "trace.jsonl", rank=0)
     for blocks in plan_blocks(prefix, length, table, sparse_from=320, sparse_decode_from=320):

@@ -107,6 +107,14 @@ def test_a_radix_hit_changes_nothing(serve: Serve, alone: dict[int, list[float]]
     assert_same({length: ask(server, prompt(length)) for length in reversed(LENGTHS)}, alone)
 
 
+def test_a_prompt_that_is_read_densely_is_so_to_its_last_token(serve: Serve) -> None:
+    server = serve("--hip-preset", "quality", "--enable-mixed-chunk", *SPARSE)
+    flush(server)
+    cold = {1345: ask(server, prompt(1345))}
+    # all but one token are cached now: it comes as a decode step does
+    assert_same({1345: ask(server, prompt(1345))}, cold)
+
+
 def test_a_prefix_that_others_part_from_changes_nothing(
     serve: Serve, alone: dict[int, list[float]]
 ) -> None:
