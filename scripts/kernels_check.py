@@ -14,6 +14,7 @@ import torch
 from hip_kernels.attend.triton import DecodeStep, decode
 from hip_kernels.cards import CARDS, Card, compiling_for
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.choose import Chosen, choose
 from hip_kernels.select.triton import Scores, score
 from hip_kernels.summarize.triton import pool, summarize
 from triton.runtime.errors import OutOfResources
@@ -45,8 +46,18 @@ def variants(card: Card) -> Iterator[Variant]:
                 how = f"{width}, group of {group}" + (", capped" if cap else "")
                 yield f"score {how}", partial(launch_score, width, group, cap)
                 for kept in stored:
-                    launch = partial(launch_decode, width, group, cap, kept)
-                    yield f"decode {of(kept)} {how}", launch
+                    given = width, group, cap, kept
+                    yield f"decode {of(kept)} {how}", partial(launch_decode, *given, dense=False)
+                    yield f"dense {of(kept)} {how}", partial(launch_decode, *given, dense=True)
+                    yield f"look {of(kept)} {how}", partial(launch_choose, *given, top_p=1.0)
+    for group in GROUPS:
+        for top_p in (1.0, 0.9):
+            name = f"choose, group of {group}, top_p {top_p}"
+            yield name, partial(launch_best, group, top_p)
+        yield (
+            f"look, group of {group}, top_p 0.9",
+            partial(launch_choose, 128, group, 0.0, torch.bfloat16, top_p=0.9),
+        )
 
 
 def of(dtype: torch.dtype) -> str:
@@ -70,12 +81,29 @@ def launch_score(width: int, group: int, cap: float) -> None:
     score(queries(width, group), summaries(width, 4), table, integers(BATCH), plan, 0.1, out)
 
 
-def launch_decode(width: int, group: int, cap: float, stored: torch.dtype) -> None:
+def launch_choose(width: int, group: int, cap: float, stored: torch.dtype, top_p: float) -> None:
+    scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
+    plan = SparsePlan(logit_cap=cap, second_look=2, top_p=top_p)
+    table, visible = integers(BATCH, PAGES), integers(BATCH)
+    choose(queries(width, group), pool_of(width, stored), scores, table, visible, plan, 0.1)
+
+
+def launch_best(group: int, top_p: float) -> None:
+    scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
+    plan = SparsePlan(top_p=top_p)
+    kv, table = pool_of(64, torch.bfloat16), integers(BATCH, PAGES)
+    choose(queries(64, group), kv, scores, table, integers(BATCH), plan, 0.1)
+
+
+def launch_decode(width: int, group: int, cap: float, stored: torch.dtype, dense: bool) -> None:
     query = queries(width, group)
-    rest = torch.empty(BATCH, HEADS * group, PAGES, device="meta")
-    step = DecodeStep(integers(BATCH, PAGES), integers(BATCH), integers(BATCH, HEADS, 50), rest)
-    found, share = torch.empty_like(query), torch.empty(BATCH, HEADS * group, device="meta")
-    decode(query, pool_of(width, stored), summaries(width, 4), step, 0.1, cap, found, share)
+    heads = HEADS * group
+    logits = torch.empty(BATCH, heads, 0 if dense else PAGES, device="meta")
+    share = torch.empty(BATCH, heads, device="meta")
+    chosen = None if dense else Chosen(integers(BATCH, HEADS, 32), share)
+    step = DecodeStep(integers(BATCH, PAGES), integers(BATCH), integers(BATCH), chosen, logits)
+    plan, found = SparsePlan(logit_cap=cap), torch.empty_like(query)
+    decode(query, pool_of(width, stored), summaries(width, 4), step, plan, 0.1, found, share)
 
 
 def pool_of(width: int, stored: torch.dtype) -> PagedKV:

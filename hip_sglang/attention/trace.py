@@ -43,8 +43,8 @@ class SelectionTrace:
                 "layer": layer_id,
                 "position": int(blocks.position[n, 0]),
                 "visible_pages": visible,
-                "sink_pages": selection.sink_pages,
-                "window_pages": selection.window_pages,
+                "sink_pages": selection.plan.sink_pages,
+                "window_pages": selection.plan.window_pages,
                 "chosen": chosen,
                 "kv_read_share": round(share, 6),
             }

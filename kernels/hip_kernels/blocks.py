@@ -111,6 +111,7 @@ def _split_by(
     at = page * PAGE_SIZE
     sparse = at >= (_NEVER if threshold is None else threshold)
     far = sparse & (at >= (_NEVER if nodes_from is None else nodes_from))
+    device = table.device
     found = []
     for members in (~sparse, sparse & ~far, far):
         if not bool(members.any()):
@@ -120,15 +121,15 @@ def _split_by(
         nodes = None
         if bool(far[members].all()):
             assert node_table is not None
-            nodes = LocalPages.of(_rows(node_table, members, some // NODE_PAGES))
+            nodes = LocalPages(_rows(node_table, members, some // NODE_PAGES))
         found.append(
             QueryBlocks(
-                tokens=tokens[members],
-                position=position[members],
-                page=some,
+                tokens=tokens[members].to(device),
+                position=position[members].to(device),
+                page=some.to(device),
                 table=near,
-                local=LocalPages.of(near) if bool(sparse[members].all()) else None,
-                request=request if len(request) == 1 else request[members],
+                local=LocalPages(near) if bool(sparse[members].all()) else None,
+                request=(request if len(request) == 1 else request[members]).to(device),
                 nodes=nodes,
                 reuses=reuses,
             )
@@ -142,4 +143,4 @@ def _rows(table: Tensor, members: Tensor, count: Tensor) -> Tensor:
     near = (table if len(table) == 1 else table[members])[:, :longest].long()
     # beyond its end a request's row holds whatever was there: any page of its own will do
     own = torch.arange(longest) < (count[:, None] if len(near) > 1 else longest)
-    return near.where(own, near[:, :1])
+    return near.where(own.to(near.device), near[:, :1])

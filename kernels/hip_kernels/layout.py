@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -41,6 +42,20 @@ class SparsePlan:
     def exact_pages(self) -> int:
         """The most pages that one query block attends exactly, its own page included."""
         return self.sink_pages + self.budget_pages + self.window_pages + 1
+
+    def with_fixed_pages(self, chosen: Tensor, page: Tensor) -> Tensor:
+        """What blocks in ``page`` [N] attend exactly, in order: sink, chosen, window, own.
+
+        chosen [N, Hkv, K] logical -> [N, Hkv, sink + K + window + 1]; -1 is padding.
+        """
+        own = page[:, None]
+        sink = torch.arange(self.sink_pages, device=page.device)
+        window = own - torch.arange(self.window_pages, -1, -1, device=page.device)
+        # a block inside the sink still attends to its own page
+        window = window.where((window >= self.sink_pages) | (window == own), -1)
+        fixed = (sink.where(sink < own, -1), window)
+        first, last = (pages[:, None].expand(-1, chosen.shape[1], -1) for pages in fixed)
+        return torch.cat([first, chosen, last], -1)
 
     @property
     def reads_summaries(self) -> bool:
@@ -211,24 +226,38 @@ class Summaries:
 
 @dataclass(frozen=True)
 class LocalPages:
-    """The pool pages (or nodes) that some query blocks can see, and a table that leads to them."""
+    """The pool pages (or nodes) that some query blocks can see, and a table that leads to them.
 
-    pages: slice | Tensor  # physical ones: a run of the pool, or an index [S]
-    table: Tensor  # [N | 1, P] logical -> position in ``pages``
+    Found when first asked for: kernels go by the physical table and never ask.
+    """
 
-    @classmethod
-    def of(cls, table: Tensor) -> LocalPages:
-        """table [N | 1, P] physical."""
+    physical: Tensor  # [N | 1, P] the blocks' table
+
+    @property
+    def pages(self) -> slice | Tensor:
+        """Physical pages: a run of the pool, or an index [S]."""
+        return self._found[0]
+
+    @property
+    def table(self) -> Tensor:
+        """[N | 1, P] logical -> position in ``pages``."""
+        return self._found[1]
+
+    @cached_property
+    def _found(self) -> tuple[slice | Tensor, Tensor]:
+        table = self.physical
         low, high = int(table.min()), int(table.max()) + 1
         # scoring a run of the pool where it lies reads each summary once; gathering copies it first
         if high - low <= 2 * table.numel():
-            return cls(slice(low, high), table - low)
+            return slice(low, high), table - low
         pages, local = torch.unique(table, return_inverse=True)
-        return cls(pages, local)
+        return pages, local
 
     def trim(self, blocks: slice, pages: int) -> LocalPages:
-        """What some of the blocks see, up to a logical page."""
-        return LocalPages(self.pages, _trim(self.table, blocks, pages))
+        """What some of the blocks see, up to a logical page; ``pages`` stay those of all."""
+        trimmed = LocalPages(_trim(self.physical, blocks, pages))
+        vars(trimmed)["_found"] = (self.pages, _trim(self.table, blocks, pages))
+        return trimmed
 
 
 def _trim(table: Tensor, blocks: slice, pages: int) -> Tensor:
@@ -290,10 +319,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """The pages that each query block attends exactly, in page order: sink, chosen, window, own."""
+    """What each query block attended to."""
 
-    pages: Tensor  # [N, Hkv, K] logical pages; -1 is padding
     choice: Choice
     estimated: Tensor  # [N, Hkv, M] the share of each row's softmax that went to estimated pages
-    sink_pages: int
-    window_pages: int
+    page: Tensor  # [N] the logical page that holds the block
+    plan: SparsePlan
+
+    @property
+    def pages(self) -> Tensor:
+        """What was attended exactly, [N, Hkv, K]: see ``SparsePlan.with_fixed_pages``."""
+        return self.plan.with_fixed_pages(self.choice.pages, self.page)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # a matrix product on tensor cores has at least so many rows
 LEAST_ROWS = 16
@@ -13,6 +17,16 @@ PAGES_A_TILE = 64
 def rows_of_group(group: int) -> int:
     """How many rows a tile has for the query heads of one KV head."""
     return max(LEAST_ROWS, int(triton.next_power_of_2(group)))
+
+
+@cache
+def _arrivals(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def arrivals(device: torch.device, count: int) -> Tensor:
+    """Counters for ``arrives_last``, at least ``count``: 0, and every kernel leaves them so."""
+    return _arrivals(device, int(triton.next_power_of_2(max(count, 1024))))
 
 
 @triton.jit
@@ -27,3 +41,26 @@ def load_rows(rows, row, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def soft_capped(logit, cap):
     """``cap * tanh(logit / cap)``."""
     return cap * (2 * tl.sigmoid(2 * logit / cap) - 1)
+
+
+@triton.jit
+def log_sum_exp(x):
+    """Of each row of x [ROWS, N]; -inf where all of it is."""
+    top = tl.max(x, 1)
+    origin = tl.where(top > float("-inf"), top, 0.0)
+    return origin + tl.log(tl.sum(tl.exp(x - origin[:, None]), 1))
+
+
+@triton.jit
+def arrives_last(counter, count):
+    """Whether a program is the last of ``count``: it may read what the others stored.
+
+    The counter is 0 before and after.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = before == count - 1
+    if last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return last

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.experimental.gluon  # it insists on what the fixture replaces
 from hip_kernels import tiles
+from hip_kernels.select import best
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -19,7 +20,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Modul
 
     def interpret(module: ModuleType) -> ModuleType:
         # sums and the like are kernels, too
-        for place in (module, tiles, triton.language, triton.language.standard):
+        for place in (module, tiles, best, triton.language, triton.language.standard):
             for name, function in list(vars(place).items()):
                 if isinstance(function, JITFunction):
                     monkeypatch.setattr(place, name, InterpretedFunction(function.fn))

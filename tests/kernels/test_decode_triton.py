@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -9,7 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.attend import triton as module
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.choose import Chosen
 from torch import Tensor
 
 NEVER = float("-inf")
@@ -22,7 +24,9 @@ def kernels(interpreted: Callable[[ModuleType], ModuleType]) -> ModuleType:
 
 
 class Case:
-    """Requests of odd lengths; every other page is exact, and some are neither."""
+    """Requests of odd lengths; every other page is chosen, and some weigh nothing."""
+
+    plan = SparsePlan(sink_pages=1, window_pages=2)
 
     def __init__(
         self, heads: int, kv_heads: int, width: int, value_width: int, lengths: tuple[int, ...],
@@ -38,31 +42,30 @@ class Case:
         self.summaries.value.normal_()
         self.query = torch.randn(batch, heads, width).to(dtype)
         table = torch.randperm(pool)[: batch * most].view(batch, most)
-        exact = torch.full((batch, kv_heads, most), -1, dtype=torch.int64)
-        rest = torch.randn(batch, heads, most)
-        for request, length in enumerate(lengths):
-            pages = -(-length // PAGE_SIZE)
-            rest[request, :, pages - 1 :] = NEVER
-            for head in range(kv_heads):
-                kept = torch.arange(head % 2, pages, 2)
-                kept = torch.cat([kept, torch.tensor([pages - 1])]).unique()
-                # padding need not be last
-                exact[request, head, most - len(kept) :] = kept
-                rest[request, head * self.group : (head + 1) * self.group, kept] = NEVER
-        rest[:, :, 2] = NEVER
-        # beyond a request nothing in the table is a page of the pool
-        for request, length in enumerate(lengths):
-            table[request, -(-length // PAGE_SIZE) :] = 1 << 30
+        chosen = torch.full((batch, kv_heads, most), -1, dtype=torch.int64)
+        logits = torch.randn(batch, heads, most)
+        logits[:, :, 2] = NEVER
         of_lengths = torch.tensor(lengths, dtype=torch.int64)
-        self.step = module.DecodeStep(table, of_lengths, exact, rest)
+        own = (of_lengths - 1) // PAGE_SIZE
+        for request, page in enumerate(own.tolist()):
+            # beyond a request nothing in the table is a page of the pool, and nothing is weighed
+            table[request, page + 1 :] = 1 << 30
+            logits[request, :, max(page - 2, 0) :] = float("nan")
+            for head in range(kv_heads):
+                kept = torch.tensor(range(1 + head % 2, page - 2, 2), dtype=torch.int64)
+                # padding need not be last
+                chosen[request, head, most - len(kept) :] = kept
+        correction = -torch.rand(batch, heads)
+        self.step = module.DecodeStep(table, own, of_lengths, Chosen(chosen, correction), logits)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:
         batch, heads, _ = self.query.shape
         out = torch.full((batch, heads, self.kv.value.shape[2]), float("nan"))
         out = out.to(self.query.dtype)
         estimated = torch.full((batch, heads), float("nan"))
+        plan = replace(self.plan, logit_cap=cap)
         given = self.query, self.kv, self.summaries, self.step
-        kernels.decode(*given, 0.1, cap, out, estimated)
+        kernels.decode(*given, plan, 0.1, out, estimated)
         return out, estimated
 
     def expected(self, cap: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -76,23 +79,28 @@ class Case:
         return torch.stack(outs).view(*shape, -1), torch.stack(shares).view(shape)
 
     def row(self, request: int, head: int, length: int, cap: float) -> tuple[Tensor, Tensor]:
-        group = head // self.group
+        group, own = head // self.group, int(self.step.page[request])
+        between = set(range(self.plan.sink_pages, own - self.plan.window_pages))
+        pruned: set[int] = set()
+        if self.step.chosen is not None:
+            pruned = between - set(self.step.chosen.pages[request, group].tolist())
         logits, values = [], []
-        for page in self.step.exact[request, group].tolist():
-            if page >= 0:
-                count = min(PAGE_SIZE, length - page * PAGE_SIZE)
-                start = int(self.step.table[request, page]) * PAGE_SIZE
-                key = self.kv.key[start : start + count, group].double() * self.kv.key_scale
-                logit = key @ self.query[request, head].double() * 0.1
-                logits.append(cap * (logit / cap).tanh() if cap else logit)
-                value = self.kv.value[start : start + count, group]
-                values.append(value.double() * self.kv.value_scale)
+        for page in sorted(set(range(own + 1)) - pruned):
+            count = min(PAGE_SIZE, length - page * PAGE_SIZE)
+            start = int(self.step.table[request, page]) * PAGE_SIZE
+            key = self.kv.key[start : start + count, group].double() * self.kv.key_scale
+            logit = key @ self.query[request, head].double() * 0.1
+            logits.append(cap * (logit / cap).tanh() if cap else logit)
+            value = self.kv.value[start : start + count, group]
+            values.append(value.double() * self.kv.value_scale)
         exact = sum(map(len, logits))
-        for page, logit in enumerate(self.step.rest[request, head].double()):
-            if logit > NEVER:
-                logits.append(logit[None])
-                place = int(self.step.table[request, page])
-                values.append(self.summaries.value[group, place][None].double())
+        for page in sorted(pruned) if self.step.logits.shape[2] else []:
+            assert self.step.chosen is not None
+            logit = self.step.logits[request, head, page]
+            logit = logit + self.step.chosen.correction[request, head]
+            logits.append(logit.double()[None])
+            place = int(self.step.table[request, page])
+            values.append(self.summaries.value[group, place][None].double())
         weight = torch.cat(logits).softmax(0)
         return weight @ torch.cat(values), weight[exact:].sum()
 
@@ -115,6 +123,15 @@ def test_decode_equals_one_softmax_over_everything(kernels: ModuleType, shape, c
     torch.testing.assert_close(estimated.double(), share, rtol=bits, atol=bits)
 
 
+@pytest.mark.parametrize("change", [{"chosen": None}, {}], ids=["all is exact", "none estimated"])
+def test_what_is_pruned_need_not_be_estimated(kernels: ModuleType, change: dict[str, None]) -> None:
+    case = Case(4, 2, 32, 32, (900, 70), FULL, FULL)
+    case.step = replace(case.step, logits=case.step.logits[..., :0].contiguous(), **change)
+    found, estimated = case.run(kernels)
+    torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
+    assert not estimated.any()
+
+
 def test_many_pages_are_split_over_programs(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +146,7 @@ def test_many_pages_are_split_over_programs(
 
 def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     case = Case(2, 1, 32, 32, (500,), FULL, FULL)
-    case.step.rest[case.step.rest > NEVER] = 3000.0
+    case.step.logits.fill_(3000.0)
     found, estimated = case.run(kernels)
     torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
     assert (estimated == 1).all()
@@ -151,8 +168,8 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
         "kv": case.kv,
         "summaries": case.summaries,
         "step": case.step,
+        "plan": case.plan,
         "scale": 1.0,
-        "cap": 0.0,
         "out": torch.empty(2, 3, 80),
         "estimated": torch.empty(2, 3),
     }
@@ -160,10 +177,22 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
         module.decode(**(given | change))
 
 
-@pytest.mark.parametrize("name", ["table", "lengths", "exact", "rest"])
+@pytest.mark.parametrize("name", ["table", "page", "lengths", "logits"])
 def test_a_wrong_tensor_of_the_step_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
     wrong = replace(case.step, **{name: getattr(case.step, name).double()})
+    assert_named(f"step.{name}", case, wrong)
+
+
+@pytest.mark.parametrize("name", ["pages", "correction"])
+def test_a_wrong_tensor_of_the_choice_is_named(name: str) -> None:
+    case = Case(*SHAPES[1])
+    assert case.step.chosen is not None
+    chosen = replace(case.step.chosen, **{name: getattr(case.step.chosen, name).double()})
+    assert_named(f"step.chosen.{name}", case, replace(case.step, chosen=chosen))
+
+
+def assert_named(name: str, case: Case, step: module.DecodeStep) -> None:
     out, estimated = torch.empty(2, 3, 80), torch.empty(2, 3)
-    with pytest.raises(AssertionError, match=rf"^step\.{name} "):
-        module.decode(case.query, case.kv, case.summaries, wrong, 1.0, 0.0, out, estimated)
+    with pytest.raises(AssertionError, match=f"^{re.escape(name)} "):
+        module.decode(case.query, case.kv, case.summaries, step, case.plan, 1.0, out, estimated)

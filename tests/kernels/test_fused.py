@@ -11,6 +11,7 @@ import torch
 from hip_kernels.attend import fused, reference
 from hip_kernels.attend import triton as attending
 from hip_kernels.layout import Selection, SparsePlan
+from hip_kernels.select import choose
 from hip_kernels.select import triton as weighing
 
 from tests.kernels import door
@@ -25,8 +26,8 @@ def by_kernels(
     interpreted: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
     """The door attends by kernels where it can; yields how many blocks it has so attended."""
-    interpreted(weighing)
-    interpreted(attending)
+    for module in (weighing, choose, attending):
+        interpreted(module)
     served: list[int] = []
 
     def attend(
@@ -68,8 +69,8 @@ def test_decode_steps_equal_plain_loops(by_kernels: list[int], settings: dict[st
     found = door.run(requests, query, plan, **LIMITS, means=means)
     plain = expected(requests, query, plan, **LIMITS, means=means)
     torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-5)
-    # three decode steps, and the chunk's last row
-    assert sum(by_kernels) == 4
+    # the decode steps, one of them dense, and the chunk's last row
+    assert sum(by_kernels) == 5
 
 
 def test_a_held_choice_is_attended_to(by_kernels: list[int]) -> None:
@@ -92,5 +93,5 @@ def test_what_has_no_kernel_is_left_to_the_reference(by_kernels: list[int]) -> N
     for plan in (SparsePlan(1, 2, 3, "log_cosh"), SparsePlan(1, 2, 3, "none", strategy="tree")):
         door.run(requests, query, plan, **LIMITS)
     door.run(requests, query, SparsePlan(1, 2, 3), **LIMITS, nodes_from=512)
-    # decode steps from 512 on search through nodes, and the one before is not sparse
-    assert not by_kernels
+    # decode steps from 512 on search through nodes; the one before is not sparse, which has one
+    assert by_kernels == [1, 1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hip_kernels.layout import SparsePlan
-from hip_kernels.select.reference import best, with_fixed_pages
+from hip_kernels.select.reference import best
 from hip_kernels.select.weigh import NEVER, Context, PageLogits, mark, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,11 +41,11 @@ def test_every_visible_page_is_exact_once_or_pruned(
     [(left_over, _)] = context.remainder(columns, page, plan)
     budgeted = context.pages(columns)
     assert torch.equal(columns.sort(-1).values, context.columns(budgeted, pages).sort(-1).values)
-    selected = with_fixed_pages(budgeted, page, plan)
+    selected = plan.with_fixed_pages(budgeted.transpose(0, 1), page)
     for n in range(blocks):
         own = int(page[n])
         for head in range(2):
-            kept = [p for p in selected[head, n].tolist() if p >= 0]
+            kept = [p for p in selected[n, head].tolist() if p >= 0]
             assert kept == sorted(set(kept)), "in page order, each once"
             assert kept[-1] == own
             assert all(p < own for p in kept[:-1]), "wholly before the query"

@@ -39,11 +39,11 @@ def test_the_variance_survives_a_large_constant_and_half_precision_saturates() -
 
 def test_taking_a_run_is_a_view_and_an_index_copies() -> None:
     summaries = Summaries.empty(20, 2, 4, 4)
-    run = LocalPages.of(torch.tensor([[5, 6, 7, 8]]))
+    run = LocalPages(torch.tensor([[5, 6, 7, 8]]))
     assert isinstance(run.pages, slice)
     assert summaries.take(run.pages).mean.untyped_storage().data_ptr() == (
         summaries.mean.untyped_storage().data_ptr()
     )
-    far = LocalPages.of(torch.tensor([[0, 19], [19, 3]]))
+    far = LocalPages(torch.tensor([[0, 19], [19, 3]]))
     assert isinstance(far.pages, torch.Tensor)
     assert far.pages[far.table].tolist() == [[0, 19], [19, 3]]

@@ -23,7 +23,7 @@ from hip_kernels.layout import (
     Summaries,
     soft_cap,
 )
-from hip_kernels.select.reference import select, with_fixed_pages
+from hip_kernels.select.reference import select
 from hip_kernels.select.tree import search
 from hip_kernels.select.weigh import NEVER, Context, lookup, weigh_nodes, weigh_pages
 
@@ -64,14 +64,13 @@ def attend(
 def together(waves: Sequence[Selection]) -> Selection:
     """The selections of all waves."""
     return Selection(
-        torch.cat([wave.pages for wave in waves]),
         Choice(
             torch.cat([wave.choice.pages for wave in waves]),
             torch.cat([wave.choice.correction for wave in waves]),
         ),
         torch.cat([wave.estimated for wave in waves]),
-        waves[0].sink_pages,
-        waves[0].window_pages,
+        torch.cat([wave.page for wave in waves]),
+        waves[0].plan,
     )
 
 
@@ -131,7 +130,8 @@ def attend_sparse(
         assert context is not None
         chosen, correction = select(query, context, kv, blocks, plan)
     assert chosen is not None
-    pages = with_fixed_pages(chosen, blocks.page, plan)  # [Hkv, N, K] logical
+    choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
+    pages = plan.with_fixed_pages(choice.pages, blocks.page).transpose(0, 1)  # [Hkv, N, K] logical
     attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
     slots = lookup(blocks.table, attended) * PAGE_SIZE
     pruned: list[tuple[Tensor, Tensor]] = []
@@ -155,14 +155,7 @@ def attend_sparse(
     for (_, value), other in zip(pruned, others, strict=True):
         result += other @ value
         estimated += other.sum(-1)
-    choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
-    return result, Selection(
-        pages.transpose(0, 1),
-        choice,
-        estimated.transpose(0, 1),
-        plan.sink_pages,
-        plan.window_pages,
-    )
+    return result, Selection(choice, estimated.transpose(0, 1), blocks.page, plan)
 
 
 def attend_all(

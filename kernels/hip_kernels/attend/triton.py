@@ -1,7 +1,8 @@
 """Decode attention on a GPU: the exact pages and every other page's summary, in one softmax.
 
-A step's pages are split over programs, each of which leaves a part of the softmax; a second kernel
-merges the parts by their log-sum-exp. The mathematics is in ``reference.attend_sparse``.
+A step's pages are split over programs, each of which leaves a part of the softmax; the last to
+arrive merges the parts by their log-sum-exp, in their order. The mathematics is in
+``reference.attend_sparse``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
-from hip_kernels.tiles import PAGES_A_TILE, load_rows, rows_of_group, soft_capped
+from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.choose import Chosen
+from hip_kernels.tiles import (
+    PAGES_A_TILE,
+    arrivals,
+    arrives_last,
+    load_rows,
+    rows_of_group,
+    soft_capped,
+)
 
 # what one program attends to: exact pages, or tiles of estimated ones
 EXACT_A_SPLIT = 4
 TILES_A_SPLIT = 4
+MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,10 @@ class DecodeStep:
     """What decode steps [B] attend to."""
 
     table: Tensor  # [B, P] physical pages in logical order
+    page: Tensor  # [B] the logical page of the new token
     lengths: Tensor  # [B] tokens, the new one included
-    exact: Tensor  # [B, Hkv, K] logical pages attended exactly; -1 is padding
-    rest: Tensor  # [B, Hq, P] float32 logits of all other pages, each as one key; -inf is none
+    chosen: Chosen | None  # None: all pages are exact
+    logits: Tensor  # [B, Hq, P] float32: what a page weighs as one key; [B, Hq, 0] estimates none
 
 
 def decode(
@@ -37,8 +48,8 @@ def decode(
     kv: PagedKV,
     summaries: Summaries,
     step: DecodeStep,
+    plan: SparsePlan,
     scale: float,
-    cap: float,
     out: Tensor,
     estimated: Tensor,
 ) -> None:
@@ -54,43 +65,50 @@ def decode(
     check("kv.value", kv.value, (len(kv.key), kv_heads, value_width))
     check_summaries("summaries", summaries, kv_heads)
     check("step.table", step.table, (batch, pages), torch.int64)
+    check("step.page", step.page, (batch,), torch.int64)
     check("step.lengths", step.lengths, (batch,), torch.int64)
-    check("step.exact", step.exact, (batch, kv_heads, None), torch.int64)
-    check("step.rest", step.rest, (batch, heads, pages), torch.float32)
+    check("step.logits", step.logits, (batch, heads, None), torch.float32)
     check("out", out, (batch, heads, value_width))
     check("estimated", estimated, (batch, heads), torch.float32)
-    group, count = heads // kv_heads, step.exact.shape[2]
-    exact_splits = triton.cdiv(count, EXACT_A_SPLIT)
-    splits = exact_splits + triton.cdiv(pages, TILES_A_SPLIT * PAGES_A_TILE)
+    group, known = heads // kv_heads, step.logits.shape[2]
+    assert known in (0, pages), f"step.logits are of {known} pages; they must be of {pages}, or 0"
+    if step.chosen is None:
+        chosen, correction = step.page, step.logits  # neither is read
+        # a table in as few parts as one program can merge
+        budget, count, exact = 0, pages, max(EXACT_A_SPLIT, triton.cdiv(pages, MOST_SPLITS))
+    else:
+        chosen, correction = step.chosen.pages, step.chosen.correction
+        check("step.chosen.pages", chosen, (batch, kv_heads, None), torch.int64)
+        check("step.chosen.correction", correction, (batch, heads), torch.float32)
+        budget, exact = chosen.shape[2], EXACT_A_SPLIT
+        count = plan.sink_pages + budget + plan.window_pages + 1
+    exact_splits = triton.cdiv(count, exact)
+    splits = exact_splits + triton.cdiv(known, TILES_A_SPLIT * PAGES_A_TILE)
     part = query.new_empty(batch, heads, splits, value_width, dtype=torch.float32)
     mass = query.new_empty(batch, heads, splits, dtype=torch.float32)
-    block = triton.next_power_of_2(max(width, value_width))
     _decode[(splits, batch, kv_heads)](
-        *(query, kv.key, kv.value, summaries.value, step.table, step.lengths),
-        *(step.exact, step.rest, part, mass),
-        *(float(scale * kv.key_scale), float(kv.value_scale), float(cap)),
-        *(pages, count, exact_splits, summaries.pages),
+        *(query, kv.key, kv.value, summaries.value, step.table, step.page, step.lengths),
+        *(chosen, step.logits, correction),
+        *(part, mass, out, estimated, arrivals(query.device, batch * kv_heads)),
+        *(float(scale * kv.key_scale), float(kv.value_scale), float(plan.logit_cap)),
+        *(pages, count, budget, plan.sink_pages, plan.window_pages),
+        *(exact, exact_splits, summaries.pages),
         PAGE=PAGE_SIZE,
+        ALL=step.chosen is None,
         GROUP=group,
-        CAPS=cap > 0,
+        CAPS=plan.logit_cap > 0,
         WIDTH=width,
         VALUE_WIDTH=value_width,
         BLOCK=triton.next_power_of_2(width),
         VALUE_BLOCK=triton.next_power_of_2(value_width),
         ROWS=rows_of_group(group),
-        EXACT=EXACT_A_SPLIT,
         TILES=TILES_A_SPLIT,
         TILE=PAGES_A_TILE,
-        num_warps=4 if block <= 128 else 8,
-        # three spill, and pages are too few to fill them
-        num_stages=2,
-    )
-    _merge[(batch * heads,)](
-        *(part, mass, out, estimated, splits, exact_splits),
-        VALUE_WIDTH=value_width,
-        VALUE_BLOCK=triton.next_power_of_2(value_width),
         SPLITS=triton.next_power_of_2(splits),
         num_warps=4,
+        num_stages=2,
+        # left alone, the assembler spills to have more programs at once
+        maxnreg=255,
     )
 
 
@@ -101,19 +119,29 @@ def _decode(
     value,
     mean_value,
     table,
+    own_pages,
     lengths,
-    exact,
-    rest,
+    chosen,
+    logits,
+    correction,
     part,
     mass,
+    out,
+    estimated,
+    counters,
     scale,
     value_scale,
     cap,
     pages,  # columns of the table
-    exact_count,  # columns of ``exact``
+    exact_count,  # sink, chosen, window, own
+    budget,  # columns of ``chosen``
+    sink,
+    window,
+    exact_a_split,
     exact_splits,
     pool_pages,  # pages that the summaries have room for
     PAGE: tl.constexpr,
+    ALL: tl.constexpr,
     GROUP: tl.constexpr,
     CAPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -121,9 +149,9 @@ def _decode(
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    EXACT: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     split = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
@@ -132,6 +160,8 @@ def _decode(
     row = tl.arange(0, ROWS)
     real = row < GROUP
     here = (request * kv_heads + head) * GROUP + row  # of a row of [B * Hq]
+    own = tl.load(own_pages + request)
+    chosen += (request * kv_heads + head) * budget
     v = tl.arange(0, VALUE_BLOCK)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -142,38 +172,69 @@ def _decode(
         q = tl.load(query + here[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
         length = tl.load(lengths + request)
         offset = tl.arange(0, PAGE)
-        for number in range(EXACT):
-            column = split * EXACT + number
-            listed = exact + (request * kv_heads + head) * exact_count + column
-            page = tl.load(listed, mask=column < exact_count, other=-1)
-            if page >= 0:
-                slot = tl.load(table + request * pages + page) * PAGE + offset
-                seen = page * PAGE + offset < length
-                place = slot * kv_heads + head
-                k = load_rows(key, place, seen, WIDTH, BLOCK)
-                logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
-                if CAPS:
-                    logit = soft_capped(logit, cap)
-                logit = tl.where(seen[None, :], logit, float("-inf"))
-                rows = load_rows(value, place, seen, VALUE_WIDTH, VALUE_BLOCK)
-                top, total, mixed = _more(top, total, mixed, logit, rows.to(q.dtype))
+        first = split * exact_a_split
+        # without a branch inside, so that the next page is read while this one is multiplied
+        for column in range(first, tl.minimum(first + exact_a_split, exact_count)):
+            if ALL:
+                page = tl.where(column <= own, column, -1)
+            else:
+                page = exact_page(column, chosen, own, budget, sink, window)
+            slot = tl.load(table + request * pages + page, mask=page >= 0, other=0) * PAGE + offset
+            seen = (page >= 0) & (page * PAGE + offset < length)
+            place = slot * kv_heads + head
+            k = load_rows(key, place, seen, WIDTH, BLOCK)
+            logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+            if CAPS:
+                logit = soft_capped(logit, cap)
+            logit = tl.where(seen[None, :], logit, float("-inf"))
+            rows = load_rows(value, place, seen, VALUE_WIDTH, VALUE_BLOCK)
+            top, total, mixed = _more(top, total, mixed, logit, rows.to(q.dtype))
         mixed *= value_scale
     else:
+        wrong = tl.load(correction + here, mask=real, other=0.0)
         for number in range(TILES):
             column = ((split - exact_splits) * TILES + number) * TILE + tl.arange(0, TILE)
+            pruned = is_pruned(column, chosen, own, budget, sink, window, TILE)
+            shown = real[:, None] & (pruned & (column < pages))[None, :]
             there = here[:, None] * pages + column[None, :]
-            shown = real[:, None] & (column < pages)[None, :]
-            logit = tl.load(rest + there, mask=shown, other=float("-inf"))
-            some = tl.max(logit, 0) > float("-inf")
-            place = tl.load(table + request * pages + column, mask=some, other=0)
+            logit = tl.load(logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
+            place = tl.load(table + request * pages + column, mask=pruned, other=0)
             place += head * pool_pages
-            rows = load_rows(mean_value, place, some, VALUE_WIDTH, VALUE_BLOCK)
+            rows = load_rows(mean_value, place, pruned, VALUE_WIDTH, VALUE_BLOCK)
             top, total, mixed = _more(top, total, mixed, logit, rows)
     at = here * tl.num_programs(0) + split
     tl.store(mass + at, top + tl.log(total), mask=real)
     mixed /= tl.where(total > 0, total, 1.0)[:, None]
     shown = real[:, None] & (v < VALUE_WIDTH)[None, :]
     tl.store(part + at[:, None] * VALUE_WIDTH + v[None, :], mixed, mask=shown)
+    if arrives_last(counters + request * kv_heads + head, tl.num_programs(0)):
+        for number in range(GROUP):
+            one = (request * kv_heads + head) * GROUP + number
+            _merge(
+                part, mass, out, estimated, one, tl.num_programs(0), exact_splits,
+                VALUE_WIDTH, VALUE_BLOCK, SPLITS,
+            )  # fmt: skip
+
+
+@triton.jit
+def exact_page(column, chosen, own, budget, sink, window):
+    """The logical page of an exact column: sink, chosen, window, own; -1 is none."""
+    last = own - window + column - sink - budget
+    page = tl.where((last >= sink) | (last == own), last, -1)
+    is_chosen = (column >= sink) & (column < sink + budget)
+    page = tl.where(is_chosen, tl.load(chosen + column - sink, mask=is_chosen, other=-1), page)
+    return tl.where(column < sink, tl.where(column < own, column, -1), page)
+
+
+@triton.jit
+def is_pruned(page, chosen, own, budget, sink, window, TILE: tl.constexpr):
+    """Which pages [N] lie between sink and window, and are not chosen."""
+    pruned = (page >= sink) & (page < own - window)
+    for start in range(0, budget, TILE):
+        place = start + tl.arange(0, TILE)
+        taken = tl.load(chosen + place, mask=place < budget, other=-1)
+        pruned &= tl.max((page[:, None] == taken[None, :]).to(tl.int32), 1) == 0
+    return pruned
 
 
 @triton.jit
@@ -196,22 +257,21 @@ def _merge(
     mass,
     out,
     estimated,
+    row,
     splits,
     exact_splits,
     VALUE_WIDTH: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """The parts of a row's softmax, by their log-sum-exp."""
     split = tl.arange(0, SPLITS)
     masses = tl.load(mass + row * splits + split, mask=split < splits, other=float("-inf"))
     weight = tl.exp(masses - tl.max(masses, 0))
     weight /= tl.sum(weight, 0)
     tl.store(estimated + row, tl.sum(tl.where(split >= exact_splits, weight, 0.0), 0))
     v = tl.arange(0, VALUE_BLOCK)
-    found = tl.zeros((VALUE_BLOCK,), tl.float32)
-    for number in range(splits):
-        share = tl.sum(tl.where(split == number, weight, 0.0), 0)
-        here = (row * splits + number) * VALUE_WIDTH + v
-        found += share * tl.load(part + here, mask=v < VALUE_WIDTH, other=0.0)
+    here = (row * splits + split)[:, None] * VALUE_WIDTH + v[None, :]
+    shown = (split < splits)[:, None] & (v < VALUE_WIDTH)[None, :]
+    found = tl.sum(weight[:, None] * tl.load(part + here, mask=shown, other=0.0), 0)
     tl.store(out + row * VALUE_WIDTH + v, found.to(out.dtype.element_ty), mask=v < VALUE_WIDTH)

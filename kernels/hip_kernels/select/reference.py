@@ -124,18 +124,3 @@ def enough(
     before = held + chosen.cumsum(-1) - chosen
     wanting = best_of_rows(top_p - before, blocks) > 0
     return columns.where(wanting, -1)
-
-
-def with_fixed_pages(chosen: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
-    """chosen [Hkv, N, budget] logical, page [N] of the block -> sink, chosen, window, own."""
-    sink = torch.arange(plan.sink_pages, device=chosen.device)
-    sink = sink.where(sink < page[:, None], -1)  # [N, sinks]
-    window = page[:, None] - torch.arange(plan.window_pages, -1, -1, device=chosen.device)
-    # a block inside the sink still attends to its own page
-    inside = (window >= plan.sink_pages) | (window == page[:, None])
-    window = window.where(inside, -1)  # [N, window + 1]
-
-    def each_head(pages: Tensor) -> Tensor:
-        return pages.expand(len(chosen), -1, -1)
-
-    return torch.cat([each_head(sink), chosen, each_head(window)], -1)

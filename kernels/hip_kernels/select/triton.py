@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import PAGE_SIZE, SparsePlan, Summaries
-from hip_kernels.tiles import PAGES_A_TILE, load_rows, rows_of_group, soft_capped
+from hip_kernels.tiles import PAGES_A_TILE, load_rows, log_sum_exp, rows_of_group, soft_capped
 
 GUARDS = {"none": 0, "mean": 0, "quadratic": 1, "harmonic": 2}
 
@@ -26,13 +26,19 @@ class Scores:
     page: Tensor  # [B, Hq, P] float32: the logit of the page as one key
     parts: Tensor  # [L, B, Hq, P] float32: q . mean of each sub-page
     spread: Tensor  # [B, Hq, P] float32: the guarded second cumulant, written where there is one
+    mass: Tensor  # [B, Hq, T] float32: the log-sum-exp of each tile of ``PAGES_A_TILE`` pages
 
     @classmethod
     def empty(cls, batch: int, heads: int, pages: int, means: int, device: torch.device) -> Scores:
         def of(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        return cls(of(batch, heads, pages), of(means, batch, heads, pages), of(batch, heads, pages))
+        return cls(
+            of(batch, heads, pages),
+            of(means, batch, heads, pages),
+            of(batch, heads, pages),
+            of(batch, heads, triton.cdiv(pages, PAGES_A_TILE)),
+        )
 
 
 def score(
@@ -61,10 +67,12 @@ def score(
     check("out.page", out.page, (batch, heads, pages), torch.float32)
     check("out.parts", out.parts, (means, batch, heads, pages), torch.float32)
     check("out.spread", out.spread, (batch, heads, pages), torch.float32)
+    tiles = triton.cdiv(pages, PAGES_A_TILE)
+    check("out.mass", out.mass, (batch, heads, tiles), torch.float32)
     group = heads // kv_heads
-    _score[(triton.cdiv(pages, PAGES_A_TILE), batch, kv_heads)](
+    _score[(tiles, batch, kv_heads)](
         *(query, summaries.mean, summaries.sigma, table, visible),
-        *(out.page, out.parts, out.spread),
+        *(out.page, out.parts, out.spread, out.mass),
         *(float(scale), float(plan.logit_cap), pages, summaries.pages),
         PAGE=PAGE_SIZE,
         MEANS=means,
@@ -90,6 +98,7 @@ def _score(
     page_out,
     parts_out,
     spread_out,
+    mass_out,
     scale,
     cap,
     pages,  # columns of the table
@@ -138,7 +147,10 @@ def _score(
         more = guarded(q, sigma, head * count + place, seen, slope, GUARD, WIDTH, BLOCK)
         estimate += more
         tl.store(spread_out + there, tl.where(seen[None, :], more, float("-inf")), mask=stored)
-    tl.store(page_out + there, tl.where(seen[None, :], estimate, float("-inf")), mask=stored)
+    estimate = tl.where(seen[None, :], estimate, float("-inf"))
+    tl.store(page_out + there, estimate, mask=stored)
+    at = here * tl.num_programs(0) + tl.program_id(0)
+    tl.store(mass_out + at, log_sum_exp(estimate), mask=row < GROUP)
 
 
 @triton.jit

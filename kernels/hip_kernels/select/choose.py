@@ -1,0 +1,382 @@
+"""Which pages decode steps attend exactly, on a GPU: by their weight, then by real keys.
+
+The same choice as ``reference.select``, where the mathematics is. Nothing here waits for the GPU,
+and nothing but shapes decides what is launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hip_kernels.checks import check
+from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan
+from hip_kernels.select.best import NO_KEY, key_of, least_taken, store_taken
+from hip_kernels.select.triton import GUARDS, Scores
+from hip_kernels.tiles import (
+    arrivals,
+    arrives_last,
+    load_rows,
+    log_sum_exp,
+    rows_of_group,
+    soft_capped,
+)
+
+# sub-pages that one program reads the keys of
+SUB_PAGES_A_SPLIT = 16
+_KEYS_A_TILE = 1024
+_ENTRIES_A_TILE = 64
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What decode steps [B] attend exactly, between sink and window."""
+
+    pages: Tensor  # [B, Hkv, K] int64 logical; -1 is padding
+    correction: Tensor  # [B, Hq] float32: to be added to the logits of estimated pages
+
+
+def choose(
+    query: Tensor,
+    kv: PagedKV,
+    scores: Scores,
+    table: Tensor,
+    visible: Tensor,
+    plan: SparsePlan,
+    scale: float,
+) -> Chosen:
+    """Choose ``plan.budget_pages`` for each request and KV head.
+
+    query [B, Hq, D]; table [B, P], physical pages in logical order; visible [B], how many of them
+    are complete and before the token; scores as ``triton.score`` left them.
+    """
+    batch, heads, width = query.shape
+    pages, kv_heads, means = table.shape[1], kv.kv_heads, len(scores.parts)
+    check("query", query, (None, None, kv.key.shape[2]))
+    check("kv.key", kv.key, (None, kv_heads, width))
+    check("scores.page", scores.page, (batch, heads, pages), torch.float32)
+    check("scores.parts", scores.parts, (means, batch, heads, pages), torch.float32)
+    check("scores.spread", scores.spread, (batch, heads, pages), torch.float32)
+    check("scores.mass", scores.mass, (batch, heads, None), torch.float32)
+    check("table", table, (batch, pages), torch.int64)
+    check("visible", visible, (batch,), torch.int64)
+    assert plan.budget_pages > 0, "plan.budget_pages is 0; a step chooses one page or more"
+    budget = plan.budget_pages
+    looks = plan.second_look > 0
+    listed = min(plan.second_look * budget, pages) * means if looks else budget
+    places = max(pages * means, listed) if looks else pages
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
+
+    chosen = integers(batch, kv_heads, budget, dtype=torch.int64)
+    correction = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
+    mass = torch.empty_like(correction)
+    keys = integers(batch, kv_heads, places)
+    taken = integers(batch, kv_heads, max(listed, 2 * budget))
+    list_ = integers(batch, kv_heads, listed, dtype=torch.int64) if looks else chosen
+    group = heads // kv_heads
+    how = {
+        "MEANS": means,
+        "GROUP": group,
+        "ROWS": rows_of_group(group),
+        "TOP_P": plan.top_p < 1,
+        "TILE": _ENTRIES_A_TILE,
+        "KEYS": _KEYS_A_TILE,
+        "num_warps": 4,
+    }
+    fixed = plan.sink_pages, plan.window_pages
+    _shortlist[(batch, kv_heads)](
+        *(scores.page, scores.parts, scores.spread, scores.mass, visible, mass),
+        *(keys, list_, taken, pages, scores.mass.shape[2], listed, places, taken.shape[2]),
+        *(*fixed, float(plan.top_p)),
+        LOOKS=looks,
+        SPREAD=GUARDS[plan.remainder] > 0,
+        **how,
+    )
+    if not looks:
+        return Chosen(chosen, correction)
+    true = torch.empty(batch, heads, listed, dtype=torch.float32, device=query.device)
+    splits = triton.cdiv(listed, SUB_PAGES_A_SPLIT)
+    _look[(splits, batch, kv_heads)](
+        *(query, kv.key, table, list_, true, mass, scores.page, scores.parts, scores.spread),
+        *(visible, keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
+        *(float(scale * kv.key_scale), float(plan.logit_cap), float(plan.top_p)),
+        *(pages, listed, places, taken.shape[2], budget, *fixed),
+        PAGE=PAGE_SIZE,
+        CAPS=plan.logit_cap > 0,
+        SPREAD=GUARDS[plan.remainder] > 0,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        SPLIT=SUB_PAGES_A_SPLIT,
+        **how,
+    )
+    return Chosen(chosen, correction)
+
+
+@triton.jit
+def _shortlist(
+    page_logit,
+    parts,
+    spread,
+    tile_mass,
+    visible,
+    mass,
+    keys,
+    listed,
+    taken,
+    pages,  # columns of the table
+    tiles,  # of pages, whose masses are known
+    wanted,
+    places,  # room for keys
+    takes,  # room for keys that are taken, and for what is kept of them
+    sink,
+    window,
+    top_p,
+    LOOKS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    MEANS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """The most promising sub-pages of a request and KV head, or, without a look, pages."""
+    request = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1) * GROUP
+    here = request * tl.num_programs(1) + head
+    own = tl.load(visible + request)
+    row = tl.arange(0, ROWS)
+    rows = here * GROUP + row  # of [B * Hq]
+
+    total = tl.full((ROWS,), float("-inf"), tl.float32)
+    for start in range(0, tiles, TILE):
+        tile = start + tl.arange(0, TILE)
+        known = (row < GROUP)[:, None] & (tile < tiles)[None, :]
+        more = tl.load(tile_mass + rows[:, None] * tiles + tile[None, :], known, float("-inf"))
+        more = log_sum_exp(more)
+        top = tl.maximum(total, more)
+        origin = tl.where(top > float("-inf"), top, 0.0)
+        total = origin + tl.log(tl.exp(total - origin) + tl.exp(more - origin))
+    tl.store(mass + rows, total, mask=row < GROUP)
+    tl.debug_barrier()
+
+    PARTS: tl.constexpr = MEANS if LOOKS else 1
+    keys += here * places
+    end = tl.minimum(pages, tl.maximum(own - window, 0))
+    for start in range(0, end, KEYS):
+        page = start + tl.arange(0, KEYS)
+        candidate = (page >= sink) & (page < end)
+        for part in tl.static_range(PARTS):
+            best = tl.full((KEYS,), float("-inf"), tl.float32)
+            for number in range(GROUP):
+                one = here * GROUP + number
+                at = one * pages + page
+                if LOOKS:
+                    across = part * tl.num_programs(0) * heads * pages
+                    share = tl.load(parts + across + at, mask=candidate, other=0.0)
+                    if SPREAD:
+                        share += tl.load(spread + at, mask=candidate, other=0.0)
+                else:
+                    share = tl.load(page_logit + at, mask=candidate, other=0.0)
+                best = tl.maximum(best, share - tl.load(mass + one))
+            key = tl.where(candidate, key_of(best), NO_KEY)
+            tl.store(keys + page * PARTS + part, key, mask=page < end)
+    listed += here * wanted
+    taken += here * takes
+    least, equal = least_taken(keys, end * PARTS, wanted, KEYS)
+    store_taken(keys, end * PARTS, wanted, least, equal, listed, taken, KEYS)
+    if TOP_P and not LOOKS:
+        _keep_enough(
+            listed, taken, wanted, page_logit, mass, rows, row, own, pages, sink, window, top_p,
+            GROUP, ROWS, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _look(
+    query,
+    key,
+    table,
+    listed,
+    true,
+    mass,
+    page_logit,
+    parts,
+    spread,
+    visible,
+    keys,
+    taken,
+    chosen,
+    correction,
+    counters,
+    scale,
+    cap,
+    top_p,
+    pages,  # columns of the table
+    entries,  # sub-pages of a list
+    places,  # room for keys
+    takes,  # room for keys that are taken, and for what is kept of them
+    budget,
+    sink,
+    window,
+    PAGE: tl.constexpr,
+    CAPS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MEANS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Read the keys of listed sub-pages; the last program to do so picks pages by them."""
+    request = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(2)
+    here = request * kv_heads + head
+    row = tl.arange(0, ROWS)
+    rows = here * GROUP + row  # of [B * Hq]
+    real = row < GROUP
+    listed += here * entries
+    d = tl.arange(0, BLOCK)
+    shown = real[:, None] & (d < WIDTH)[None, :]
+    q = tl.load(query + rows[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
+    TOKENS: tl.constexpr = PAGE // MEANS
+    token = tl.arange(0, PAGE)
+    for start in range(0, SPLIT, MEANS):
+        entry = tl.program_id(0) * SPLIT + start + token // TOKENS
+        code = tl.load(listed + entry, mask=entry < entries, other=-1)
+        seen = code >= 0
+        page = tl.load(table + request * pages + code // MEANS, mask=seen, other=0)
+        slot = page * PAGE + code % MEANS * TOKENS + token % TOKENS
+        k = load_rows(key, slot * kv_heads + head, seen, WIDTH, BLOCK)
+        logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        if CAPS:
+            logit = soft_capped(logit, cap)
+        logit = tl.reshape(logit, (ROWS * MEANS, TOKENS))
+        found = tl.reshape(log_sum_exp(logit), (ROWS, MEANS))
+        entry = tl.program_id(0) * SPLIT + start + tl.arange(0, MEANS)
+        stored = real[:, None] & (entry < entries)[None, :]
+        tl.store(true + rows[:, None] * entries + entry[None, :], found, mask=stored)
+    if not arrives_last(counters + here, tl.num_programs(0)):
+        return
+
+    keys += here * places
+    taken += here * takes
+    across = tl.num_programs(1) * kv_heads * GROUP * pages  # from a part to the next
+    total = tl.load(mass + rows, mask=real, other=0.0)
+    excess = tl.zeros((ROWS,), tl.float32)
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, entries, TILE):
+        entry = start + tl.arange(0, TILE)
+        code = tl.load(listed + entry, mask=entry < entries, other=-1)
+        read = real[:, None] & (code >= 0)[None, :]
+        page, part = code // MEANS, code % MEANS
+        at = rows[:, None] * pages + page[None, :]
+        estimate = tl.load(parts + part[None, :] * across + at, mask=read, other=0.0)
+        estimate += tl.log(float(TOKENS))
+        if SPREAD:
+            estimate += tl.load(spread + at, mask=read, other=0.0)
+        share = tl.load(true + rows[:, None] * entries + entry[None, :], mask=read, other=0.0)
+        excess += tl.sum(tl.where(read, share - estimate, 0.0), 1)
+        count += tl.sum((code >= 0).to(tl.int32), 0)
+
+        # sub-pages of a page stand together, and the first of them speaks for it
+        before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
+        first = (code >= 0) & ((before < 0) | (before // MEANS != page))
+        share = tl.where(read, share - total[:, None], float("-inf"))
+        for ahead in tl.static_range(1, MEANS):
+            other = entry + ahead
+            code = tl.load(listed + other, mask=other < entries, other=-1)
+            same = real[:, None] & ((code >= 0) & (code // MEANS == page))[None, :]
+            more = tl.load(true + rows[:, None] * entries + other[None, :], same, float("-inf"))
+            share = _log_add(share, more - total[:, None])
+        best = tl.where(first, key_of(tl.max(share, 0)), NO_KEY)
+        tl.store(keys + entry, best, mask=entry < entries)
+    wrong = tl.minimum(excess / tl.maximum(count, 1).to(tl.float32), 0.0)
+    tl.store(correction + rows, wrong, mask=real)
+
+    chosen += here * budget
+    least, equal = least_taken(keys, entries, budget, KEYS)
+    store_taken(keys, entries, budget, least, equal, chosen, taken, KEYS)
+    for start in range(0, budget, TILE):
+        place = start + tl.arange(0, TILE)
+        entry = tl.load(chosen + place, mask=place < budget, other=-1)
+        code = tl.load(listed + entry, mask=entry >= 0, other=0)
+        tl.store(chosen + place, code // MEANS, mask=entry >= 0)
+    if TOP_P:
+        tl.debug_barrier()
+        _keep_enough(
+            chosen, taken, budget, page_logit, mass, rows, row,
+            tl.load(visible + request), pages, sink, window, top_p, GROUP, ROWS, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _log_add(a, b):
+    top = tl.maximum(a, b)
+    origin = tl.where(top > float("-inf"), top, 0.0)
+    return origin + tl.log(tl.exp(a - origin) + tl.exp(b - origin))
+
+
+@triton.jit
+def _keep_enough(
+    chosen,
+    taken,
+    budget,
+    page_logit,
+    mass,
+    rows,
+    row,
+    own,
+    pages,
+    sink,
+    window,
+    top_p,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Drop what is chosen beyond ``top_p`` of the mass of every row, best first."""
+    real = row < GROUP
+    total = tl.load(mass + rows, mask=real, other=0.0)
+    held = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, sink + window, TILE):
+        number = start + tl.arange(0, TILE)
+        page = tl.where(number < sink, number, own - window + number - sink)
+        fixed = (number < sink) | ((page >= sink) & (number < sink + window))
+        known = real[:, None] & (fixed & (page < own))[None, :]
+        logit = tl.load(page_logit + rows[:, None] * pages + page[None, :], known, float("-inf"))
+        held += tl.sum(tl.exp(logit - total[:, None]), 1)
+    for start in range(0, budget, TILE):
+        place = start + tl.arange(0, TILE)
+        key = tl.load(taken + place, mask=place < budget, other=NO_KEY)
+        before = tl.zeros((ROWS, TILE), tl.float32) + held[:, None]
+        for others in range(0, budget, TILE):
+            other = others + tl.arange(0, TILE)
+            page = tl.load(chosen + other, mask=other < budget, other=-1)
+            known = real[:, None] & (page >= 0)[None, :]
+            at = page_logit + rows[:, None] * pages + page[None, :]
+            share = tl.exp(tl.load(at, mask=known, other=float("-inf")) - total[:, None])
+            rival = tl.load(taken + other, mask=other < budget, other=NO_KEY)
+            tie = (rival[:, None] == key[None, :]) & (other[:, None] < place[None, :])
+            better = (rival[:, None] > key[None, :]) | tie
+            before += tl.dot(share, better.to(tl.float32), input_precision="ieee")
+        wanting = tl.max(tl.where(real[:, None], top_p - before, float("-inf")), 0) > 0
+        # all is decided before anything is dropped
+        tl.store(taken + budget + place, wanting.to(tl.int32), mask=place < budget)
+    tl.debug_barrier()
+    for start in range(0, budget, TILE):
+        place = start + tl.arange(0, TILE)
+        kept = tl.load(taken + budget + place, mask=place < budget, other=1) > 0
+        tl.store(chosen + place, tl.full((TILE,), -1, tl.int64), mask=(place < budget) & ~kept)
