@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from hip_kernels.attend.triton import DecodeStep, decode
+from hip_kernels.attend.triton import decode
 from hip_kernels.cards import CARDS, Card, compiling_for
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
 from hip_kernels.select.choose import Chosen, choose
 from hip_kernels.select.triton import Scores, score
 from hip_kernels.summarize.triton import pool, summarize
@@ -77,22 +77,19 @@ def launch_pool(width: int, means: int) -> None:
 def launch_score(width: int, group: int, cap: float) -> None:
     out = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
     plan = SparsePlan(logit_cap=cap)
-    table = integers(BATCH, PAGES)
-    score(queries(width, group), summaries(width, 4), table, integers(BATCH), plan, 0.1, out)
+    score(queries(width, group), summaries(width, 4), STEPS, plan, 0.1, out)
 
 
 def launch_choose(width: int, group: int, cap: float, stored: torch.dtype, top_p: float) -> None:
     scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
     plan = SparsePlan(logit_cap=cap, second_look=2, top_p=top_p)
-    table, visible = integers(BATCH, PAGES), integers(BATCH)
-    choose(queries(width, group), pool_of(width, stored), scores, table, visible, plan, 0.1)
+    choose(queries(width, group), pool_of(width, stored), scores, STEPS, plan, 0.1)
 
 
 def launch_best(group: int, top_p: float) -> None:
     scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
     plan = SparsePlan(top_p=top_p)
-    kv, table = pool_of(64, torch.bfloat16), integers(BATCH, PAGES)
-    choose(queries(64, group), kv, scores, table, integers(BATCH), plan, 0.1)
+    choose(queries(64, group), pool_of(64, torch.bfloat16), scores, STEPS, plan, 0.1)
 
 
 def launch_decode(width: int, group: int, cap: float, stored: torch.dtype, dense: bool) -> None:
@@ -101,9 +98,9 @@ def launch_decode(width: int, group: int, cap: float, stored: torch.dtype, dense
     logits = torch.empty(BATCH, heads, 0 if dense else PAGES, device="meta")
     share = torch.empty(BATCH, heads, device="meta")
     chosen = None if dense else Chosen(integers(BATCH, HEADS, 32), share)
-    step = DecodeStep(integers(BATCH, PAGES), integers(BATCH), integers(BATCH), chosen, logits)
     plan, found = SparsePlan(logit_cap=cap), torch.empty_like(query)
-    decode(query, pool_of(width, stored), summaries(width, 4), step, plan, 0.1, found, share)
+    given = query, pool_of(width, stored), summaries(width, 4), STEPS, chosen, logits
+    decode(*given, plan, 0.1, found, share)
 
 
 def pool_of(width: int, stored: torch.dtype) -> PagedKV:
@@ -124,6 +121,9 @@ def integers(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
+STEPS = DecodeSteps(integers(BATCH), integers(BATCH), integers(BATCH), integers(BATCH, PAGES))
+
+
 def main() -> int:
     if not isinstance(summarize.__globals__["_summarize"], JITFunction):
         print("kernels-check: TRITON_INTERPRET is set, which compiles nothing; unset it")
@@ -132,13 +132,13 @@ def main() -> int:
     for card in CARDS:
         for name, launch in variants(card):
             try:
-                with compiling_for(card) as binaries:
+                with compiling_for(card) as compiled:
                     launch()
             except OutOfResources as error:
                 failed += 1
                 print(f"{card.name:7} {name:44} FAILED: {error}", flush=True)
                 continue
-            for binary in binaries:
+            for binary in compiled.binaries:
                 failed += binary.spilled_bytes > 0
                 print(
                     f"{card.name:7} {name:44} {binary.registers:4} registers "

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -61,8 +61,16 @@ class Binary:
         return cls(kernel, found["REG"], found["STACK"] + found["LOCAL"], shared_bytes)
 
 
+@dataclass
+class Compiled:
+    """What was compiled, in order, and how many launches asked for it."""
+
+    binaries: list[Binary] = field(default_factory=list)
+    launches: int = 0
+
+
 @contextmanager
-def compiling_for(card: Card) -> Iterator[list[Binary]]:
+def compiling_for(card: Card) -> Iterator[Compiled]:
     """Launches inside compile for ``card`` and launch nothing; yields what was compiled.
 
     Triton raises OutOfResources for a kernel that wants more shared memory than a block gets.
@@ -72,7 +80,7 @@ def compiling_for(card: Card) -> Iterator[list[Binary]]:
     before = config._active
     config.set_active(driver)
     try:
-        yield driver.utils.binaries
+        yield driver.utils.compiled
     finally:
         config._active = before
 
@@ -82,7 +90,7 @@ class _Utils:
 
     def __init__(self, card: Card) -> None:
         self._card = card
-        self.binaries: list[Binary] = []
+        self.compiled = Compiled()
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": self._card.shared_bytes}
@@ -91,7 +99,7 @@ class _Utils:
         self, name: str, cubin: bytes, shared: int, device: int
     ) -> tuple[object, int, int, int, int]:
         binary = Binary.read(name, cubin, shared)
-        self.binaries.append(binary)
+        self.compiled.binaries.append(binary)
         # module, function, registers, spills, threads of a block
         return object(), 0, binary.registers, binary.spilled_bytes, 1024
 
@@ -105,7 +113,10 @@ class _Driver:
         self.utils = _Utils(card)
 
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+        def launch(*args: object, **kwargs: object) -> None:
+            self.utils.compiled.launches += 1
+
+        return launch
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self._card.capability, 32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, Summaries
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, Summaries
 
 
 def check(
@@ -27,3 +27,10 @@ def check_summaries(name: str, of: Summaries, heads: int) -> None:
     check(f"{name}.mean", of.mean, (heads, means, pages, width))
     check(f"{name}.sigma", of.sigma, (heads, pages, width), of.mean.dtype)
     check(f"{name}.value", of.value, (heads, pages, None), of.mean.dtype)
+
+
+def check_steps(name: str, of: DecodeSteps) -> None:
+    """Assert that the four tensors belong together."""
+    for field in ("token", "position", "page"):
+        check(f"{name}.{field}", getattr(of, field), (len(of),), torch.int64)
+    check(f"{name}.table", of.table, (len(of), None), torch.int64)

@@ -304,6 +304,24 @@ class QueryBlocks:
 
 
 @dataclass(frozen=True)
+class DecodeSteps:
+    """Query blocks of one row, as kernels go through them."""
+
+    token: Tensor  # [B] index of each in the flat batch
+    position: Tensor  # [B] its place in its request
+    page: Tensor  # [B] the logical page that holds it; those before it are complete
+    table: Tensor  # [B, P] physical pages in logical order
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @classmethod
+    def of(cls, blocks: QueryBlocks) -> DecodeSteps:
+        table = blocks.table.expand(len(blocks), -1).contiguous()
+        return cls(blocks.tokens.squeeze(1), blocks.position.squeeze(1), blocks.page, table)
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a step found, and a later step of the same requests may use again."""
 

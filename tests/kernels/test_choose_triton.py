@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
 from hip_kernels.select import choose as module
 from hip_kernels.select.triton import Scores
 from torch import Tensor
@@ -46,14 +47,19 @@ class Case:
         seen = page.nan_to_num(nan=NEVER)
         # all of it in one tile's
         self.scores.mass[..., 1] = seen.logsumexp(-1)
-        self.visible = torch.tensor(VISIBLE)
+        page = torch.tensor(VISIBLE)
         self.table = torch.stack([torch.randperm(PAGES) for _ in range(BATCH)])
+        # the flat batch has other rows, too
+        token = torch.tensor([3, 0, 4])
+        self.steps = DecodeSteps(token, page * PAGE_SIZE + 5, page, self.table)
         rows = torch.randn(PAGES * PAGE_SIZE, KV_HEADS, WIDTH)
         self.kv = PagedKV(rows, rows, key_scale=0.5)
+        self.flat = torch.full((5, heads, WIDTH), nan)
         self.query = torch.randn(BATCH, heads, WIDTH)
+        self.flat[token] = self.query
 
     def choose(self, kernels: ModuleType, plan: SparsePlan) -> module.Chosen:
-        given = self.query, self.kv, self.scores, self.table, self.visible, plan, 0.2
+        given = self.flat, self.kv, self.scores, self.steps, plan, 0.2
         found: module.Chosen = kernels.choose(*given)
         return found
 
@@ -151,10 +157,16 @@ def test_the_same_numbers_give_the_same_choice(kernels: ModuleType) -> None:
     assert torch.equal(found[0].correction, found[1].correction)
 
 
-@pytest.mark.parametrize("name", ["query", "table", "visible"])
-def test_a_wrong_argument_is_named(name: str) -> None:
+@pytest.mark.parametrize("name", ["token", "position", "page", "table"])
+def test_a_wrong_tensor_of_the_steps_is_named(name: str) -> None:
     case = Case(1)
-    right = getattr(case, name)
-    setattr(case, name, right[..., 1:] if name == "query" else right.double())
-    with pytest.raises(AssertionError, match=rf"^{name} "):
+    case.steps = replace(case.steps, **{name: getattr(case.steps, name).double()})
+    with pytest.raises(AssertionError, match=rf"^steps\.{name} "):
+        case.choose(module, SparsePlan())
+
+
+def test_a_wrong_query_is_named() -> None:
+    case = Case(1)
+    case.flat = case.flat[..., 1:]
+    with pytest.raises(AssertionError, match=r"^query "):
         case.choose(module, SparsePlan())

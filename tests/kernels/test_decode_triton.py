@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.attend import triton as module
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
 from hip_kernels.select.choose import Chosen
 from torch import Tensor
 
@@ -45,8 +45,8 @@ class Case:
         chosen = torch.full((batch, kv_heads, most), -1, dtype=torch.int64)
         logits = torch.randn(batch, heads, most)
         logits[:, :, 2] = NEVER
-        of_lengths = torch.tensor(lengths, dtype=torch.int64)
-        own = (of_lengths - 1) // PAGE_SIZE
+        position = torch.tensor(lengths, dtype=torch.int64) - 1
+        own = position // PAGE_SIZE
         for request, page in enumerate(own.tolist()):
             # beyond a request nothing in the table is a page of the pool, and nothing is weighed
             table[request, page + 1 :] = 1 << 30
@@ -55,22 +55,27 @@ class Case:
                 kept = torch.tensor(range(1 + head % 2, page - 2, 2), dtype=torch.int64)
                 # padding need not be last
                 chosen[request, head, most - len(kept) :] = kept
-        correction = -torch.rand(batch, heads)
-        self.step = module.DecodeStep(table, own, of_lengths, Chosen(chosen, correction), logits)
+        self.chosen: Chosen | None = Chosen(chosen, -torch.rand(batch, heads))
+        self.logits = logits
+        # the flat batch has other rows, too
+        token = torch.arange(batch).flip(0) + 1
+        self.steps = DecodeSteps(token, position, own, table)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:
-        batch, heads, _ = self.query.shape
-        out = torch.full((batch, heads, self.kv.value.shape[2]), float("nan"))
-        out = out.to(self.query.dtype)
+        batch, heads, width = self.query.shape
+        query = torch.full((batch + 2, heads, width), float("nan")).to(self.query.dtype)
+        query[self.steps.token] = self.query
+        out = torch.full((batch + 2, heads, self.kv.value.shape[2]), float("nan")).to(query.dtype)
         estimated = torch.full((batch, heads), float("nan"))
         plan = replace(self.plan, logit_cap=cap)
-        given = self.query, self.kv, self.summaries, self.step
+        given = query, self.kv, self.summaries, self.steps, self.chosen, self.logits
         kernels.decode(*given, plan, 0.1, out, estimated)
-        return out, estimated
+        assert out.isnan().all(-1).sum() == 2 * heads
+        return out[self.steps.token], estimated
 
     def expected(self, cap: float = 0.0) -> tuple[Tensor, Tensor]:
         outs, shares = [], []
-        for request, length in enumerate(self.step.lengths.tolist()):
+        for request, length in enumerate((self.steps.position + 1).tolist()):
             for head in range(self.query.shape[1]):
                 out, share = self.row(request, head, length, cap)
                 outs.append(out)
@@ -79,27 +84,27 @@ class Case:
         return torch.stack(outs).view(*shape, -1), torch.stack(shares).view(shape)
 
     def row(self, request: int, head: int, length: int, cap: float) -> tuple[Tensor, Tensor]:
-        group, own = head // self.group, int(self.step.page[request])
+        group, own = head // self.group, int(self.steps.page[request])
         between = set(range(self.plan.sink_pages, own - self.plan.window_pages))
         pruned: set[int] = set()
-        if self.step.chosen is not None:
-            pruned = between - set(self.step.chosen.pages[request, group].tolist())
+        if self.chosen is not None:
+            pruned = between - set(self.chosen.pages[request, group].tolist())
         logits, values = [], []
         for page in sorted(set(range(own + 1)) - pruned):
             count = min(PAGE_SIZE, length - page * PAGE_SIZE)
-            start = int(self.step.table[request, page]) * PAGE_SIZE
+            start = int(self.steps.table[request, page]) * PAGE_SIZE
             key = self.kv.key[start : start + count, group].double() * self.kv.key_scale
             logit = key @ self.query[request, head].double() * 0.1
             logits.append(cap * (logit / cap).tanh() if cap else logit)
             value = self.kv.value[start : start + count, group]
             values.append(value.double() * self.kv.value_scale)
         exact = sum(map(len, logits))
-        for page in sorted(pruned) if self.step.logits.shape[2] else []:
-            assert self.step.chosen is not None
-            logit = self.step.logits[request, head, page]
-            logit = logit + self.step.chosen.correction[request, head]
+        for page in sorted(pruned) if self.logits.shape[2] else []:
+            assert self.chosen is not None
+            logit = self.logits[request, head, page]
+            logit = logit + self.chosen.correction[request, head]
             logits.append(logit.double()[None])
-            place = int(self.step.table[request, page])
+            place = int(self.steps.table[request, page])
             values.append(self.summaries.value[group, place][None].double())
         weight = torch.cat(logits).softmax(0)
         return weight @ torch.cat(values), weight[exact:].sum()
@@ -126,7 +131,8 @@ def test_decode_equals_one_softmax_over_everything(kernels: ModuleType, shape, c
 @pytest.mark.parametrize("change", [{"chosen": None}, {}], ids=["all is exact", "none estimated"])
 def test_what_is_pruned_need_not_be_estimated(kernels: ModuleType, change: dict[str, None]) -> None:
     case = Case(4, 2, 32, 32, (900, 70), FULL, FULL)
-    case.step = replace(case.step, logits=case.step.logits[..., :0].contiguous(), **change)
+    case.logits = case.logits[..., :0].contiguous()
+    vars(case).update(change)
     found, estimated = case.run(kernels)
     torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
     assert not estimated.any()
@@ -146,7 +152,7 @@ def test_many_pages_are_split_over_programs(
 
 def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     case = Case(2, 1, 32, 32, (500,), FULL, FULL)
-    case.step.logits.fill_(3000.0)
+    case.logits.fill_(3000.0)
     found, estimated = case.run(kernels)
     torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
     assert (estimated == 1).all()
@@ -157,42 +163,43 @@ def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     [
         ("query", {"query": torch.empty(2, 4, 80)}),
         ("kv.value", {"kv": PagedKV(torch.empty(640, 3, 80), torch.empty(64, 3, 80))}),
+        ("logits", {"logits": torch.empty(2, 3, 13, dtype=HALF)}),
         ("out", {"out": torch.empty(2, 3, 64)}),
         ("estimated", {"estimated": torch.empty(2, 3, dtype=HALF)}),
     ],
 )
 def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None:
-    case = Case(*SHAPES[1])
-    given = {
-        "query": case.query,
-        "kv": case.kv,
-        "summaries": case.summaries,
-        "step": case.step,
-        "plan": case.plan,
-        "scale": 1.0,
-        "out": torch.empty(2, 3, 80),
-        "estimated": torch.empty(2, 3),
-    }
-    with pytest.raises(AssertionError, match=f"^{name} "):
-        module.decode(**(given | change))
+    with pytest.raises(AssertionError, match=f"^{re.escape(name)} "):
+        module.decode(**(arguments(Case(*SHAPES[1])) | change))
 
 
-@pytest.mark.parametrize("name", ["table", "page", "lengths", "logits"])
-def test_a_wrong_tensor_of_the_step_is_named(name: str) -> None:
+@pytest.mark.parametrize("name", ["token", "position", "page", "table"])
+def test_a_wrong_tensor_of_the_steps_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
-    wrong = replace(case.step, **{name: getattr(case.step, name).double()})
-    assert_named(f"step.{name}", case, wrong)
+    steps = replace(case.steps, **{name: getattr(case.steps, name).double()})
+    with pytest.raises(AssertionError, match=rf"^steps\.{name} "):
+        module.decode(**(arguments(case) | {"steps": steps}))
 
 
 @pytest.mark.parametrize("name", ["pages", "correction"])
 def test_a_wrong_tensor_of_the_choice_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
-    assert case.step.chosen is not None
-    chosen = replace(case.step.chosen, **{name: getattr(case.step.chosen, name).double()})
-    assert_named(f"step.chosen.{name}", case, replace(case.step, chosen=chosen))
+    assert case.chosen is not None
+    chosen = replace(case.chosen, **{name: getattr(case.chosen, name).double()})
+    with pytest.raises(AssertionError, match=rf"^chosen\.{name} "):
+        module.decode(**(arguments(case) | {"chosen": chosen}))
 
 
-def assert_named(name: str, case: Case, step: module.DecodeStep) -> None:
-    out, estimated = torch.empty(2, 3, 80), torch.empty(2, 3)
-    with pytest.raises(AssertionError, match=f"^{re.escape(name)} "):
-        module.decode(case.query, case.kv, case.summaries, step, case.plan, 1.0, out, estimated)
+def arguments(case: Case) -> dict[str, object]:
+    return {
+        "query": case.query,
+        "kv": case.kv,
+        "summaries": case.summaries,
+        "steps": case.steps,
+        "chosen": case.chosen,
+        "logits": case.logits,
+        "plan": case.plan,
+        "scale": 1.0,
+        "out": torch.empty(2, 3, 80),
+        "estimated": torch.empty(2, 3),
+    }

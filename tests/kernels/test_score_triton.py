@@ -7,9 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import SparsePlan, Summaries
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, SparsePlan, Summaries
 from hip_kernels.select import triton as module
 from hip_kernels.select.weigh import page_logits
+from torch import Tensor
 
 POOL, BATCH = 90, 3
 HALF, FULL = torch.float16, torch.float32
@@ -27,6 +28,14 @@ def made(kv_heads: int, width: int, means: int, dtype: torch.dtype) -> Summaries
     found.mean[..., 1] += 20
     found.sigma.uniform_(0, 3)
     return found
+
+
+NOUGHT = torch.zeros(BATCH, dtype=torch.int64)
+TABLE = torch.zeros(BATCH, 5, dtype=torch.int64)
+
+
+def steps_of(token: Tensor, page: Tensor, table: Tensor) -> DecodeSteps:
+    return DecodeSteps(token, page * PAGE_SIZE + 5, page, table)
 
 
 def poisoned(heads: int, pages: int, means: int) -> module.Scores:
@@ -59,7 +68,11 @@ def test_scores_equal_the_reference(
     # what lies beyond is no page of the pool
     table[2, 5:] = 1 << 30
     out = poisoned(heads, pages, means)
-    kernels.score(query, summaries, table, visible, plan, 0.1, out)
+    # the flat batch has other rows, too
+    steps = steps_of(torch.tensor([4, 1, 2]), visible, table)
+    flat = torch.full((5, heads, width), float("nan")).bfloat16()
+    flat[steps.token] = query
+    kernels.score(flat, summaries, steps, plan, 0.1, out)
     bits = {"rtol": 1e-5, "atol": 1e-5} if dtype == FULL else {"rtol": 5e-3, "atol": 5e-3}
     for request, count in enumerate(visible.tolist()):
         near = summaries.take(table[request, :count].long())
@@ -83,7 +96,8 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
     out = poisoned(1, 3, 4)
     query, table = torch.randn(BATCH, 1, 64), torch.arange(9, dtype=torch.int64).view(3, 3)
     visible = torch.full((3,), 3, dtype=torch.int64)
-    kernels.score(query, summaries, table, visible, SparsePlan(), 1.0, out)
+    steps = steps_of(torch.arange(BATCH), visible, table)
+    kernels.score(query, summaries, steps, SparsePlan(), 1.0, out)
     assert out.spread.isfinite().all()
 
 
@@ -92,8 +106,11 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
     [
         ("query", {"query": torch.empty(BATCH, 4, 32)}),
         ("query", {"query": torch.empty(BATCH, 3, 64)}),
-        ("table", {"table": torch.zeros(BATCH, 5, dtype=torch.int32)}),
-        ("visible", {"visible": torch.zeros(BATCH + 1, dtype=torch.int64)}),
+        ("steps.table", {"steps": steps_of(NOUGHT, NOUGHT, torch.zeros(BATCH, 5).int())}),
+        (
+            "steps.page",
+            {"steps": DecodeSteps(NOUGHT, NOUGHT, torch.zeros(BATCH + 1).long(), TABLE)},
+        ),
         ("out.page", {"out": poisoned(4, 6, 4)}),
         ("plan.remainder", {"plan": SparsePlan(remainder="log_cosh")}),
     ],
@@ -102,8 +119,7 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
     given = {
         "query": torch.empty(BATCH, 4, 64),
         "summaries": made(2, 64, 4, FULL),
-        "table": torch.zeros(BATCH, 5, dtype=torch.int64),
-        "visible": torch.zeros(BATCH, dtype=torch.int64),
+        "steps": steps_of(NOUGHT, NOUGHT, TABLE),
         "plan": SparsePlan(),
         "scale": 1.0,
         "out": poisoned(4, 5, 4),

@@ -9,8 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.attend.triton import DecodeStep, decode
-from hip_kernels.layout import Choice, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
+from hip_kernels.attend.triton import decode
+from hip_kernels.layout import (
+    Choice,
+    DecodeSteps,
+    PagedKV,
+    QueryBlocks,
+    Selection,
+    SparsePlan,
+    Summaries,
+)
 from hip_kernels.select import triton as weighing
 from hip_kernels.select.choose import Chosen, choose
 
@@ -34,28 +42,23 @@ def attend(
     choice: Choice | None = None,
 ) -> Selection | None:
     """Attend blocks of one row and write their rows of ``out``, as ``reference.attend`` does."""
-    table = blocks.table.expand(len(blocks), -1).contiguous()  # [N, P]
-    token = blocks.tokens.squeeze(1)
-    q = query.index_select(0, token)  # [N, Hq, D]
-    empty = q.new_empty(*q.shape[:2], 0, dtype=torch.float32)
-    chosen, logits = None, empty
+    steps = DecodeSteps.of(blocks)
+    batch, heads = len(steps), query.shape[1]
+    estimated = query.new_empty(batch, heads, dtype=torch.float32)
+    chosen, logits = None, estimated.new_empty(batch, heads, 0)
     if blocks.local is not None:
-        count, means = table.shape[1], summaries.mean.shape[1]
-        scores = weighing.Scores.empty(len(blocks), q.shape[1], count, means, q.device)
-        weighing.score(q, summaries, table, blocks.page, plan, scale, scores)
+        pages, means = steps.table.shape[1], summaries.mean.shape[1]
+        scores = weighing.Scores.empty(batch, heads, pages, means, query.device)
+        weighing.score(query, summaries, steps, plan, scale, scores)
         if choice is None:
-            chosen = choose(q, kv, scores, table, blocks.page, plan, scale)
+            chosen = choose(query, kv, scores, steps, plan, scale)
         else:
             chosen = Chosen(choice.pages.contiguous(), choice.correction.flatten(1))
-        logits = empty if plan.remainder == "none" else scores.page
-    estimated = q.new_empty(q.shape[:2], dtype=torch.float32)
-    length = blocks.position.squeeze(1) + 1
-    step = DecodeStep(table, blocks.page, length, chosen, logits)
-    result = out.new_empty(len(blocks), *out.shape[1:])
-    decode(q, kv, summaries, step, plan, scale, result, estimated)
-    out[token] = result
+        if plan.remainder != "none":
+            logits = scores.page
+    decode(query, kv, summaries, steps, chosen, logits, plan, scale, out, estimated)
     if chosen is None:
         return None
-    groups = len(blocks), kv.kv_heads, -1
+    groups = batch, kv.kv_heads, -1
     found = Choice(chosen.pages, chosen.correction.view(groups))
     return Selection(found, estimated.view(groups), blocks.page, plan)

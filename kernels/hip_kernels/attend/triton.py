@@ -7,15 +7,13 @@ arrive merges the parts by their log-sum-exp, in their order. The mathematics is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan, Summaries
+from hip_kernels.checks import check, check_steps, check_summaries
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
 from hip_kernels.select.choose import Chosen
 from hip_kernels.tiles import (
     PAGES_A_TILE,
@@ -32,69 +30,60 @@ TILES_A_SPLIT = 4
 MOST_SPLITS = 64
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """What decode steps [B] attend to."""
-
-    table: Tensor  # [B, P] physical pages in logical order
-    page: Tensor  # [B] the logical page of the new token
-    lengths: Tensor  # [B] tokens, the new one included
-    chosen: Chosen | None  # None: all pages are exact
-    logits: Tensor  # [B, Hq, P] float32: what a page weighs as one key; [B, Hq, 0] estimates none
-
-
 def decode(
     query: Tensor,
     kv: PagedKV,
     summaries: Summaries,
-    step: DecodeStep,
+    steps: DecodeSteps,
+    chosen: Chosen | None,
+    logits: Tensor,
     plan: SparsePlan,
     scale: float,
     out: Tensor,
     estimated: Tensor,
 ) -> None:
-    """Attend one new token a request: query [B, Hq, D] -> out [B, Hq, Dv].
+    """Attend one token a request: query [T, Hq, D] -> its row of out [T, Hq, Dv].
 
-    ``estimated`` [B, Hq] becomes the share of each softmax that went to estimated pages.
+    Without ``chosen`` all pages are exact. ``logits`` [B, Hq, P] is what a page weighs as one key;
+    with [B, Hq, 0] none is estimated. ``estimated`` [B, Hq] becomes the share of each softmax that
+    went to estimated pages.
     """
-    batch, heads, width = query.shape
-    pages, kv_heads, value_width = step.table.shape[1], kv.kv_heads, kv.value.shape[2]
+    batch, heads, width = len(steps), *query.shape[1:]
+    pages, kv_heads, value_width = steps.table.shape[1], kv.kv_heads, kv.value.shape[2]
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
     check("query", query, (None, None, kv.key.shape[2]))
     check("kv.key", kv.key, (None, kv_heads, width))
     check("kv.value", kv.value, (len(kv.key), kv_heads, value_width))
     check_summaries("summaries", summaries, kv_heads)
-    check("step.table", step.table, (batch, pages), torch.int64)
-    check("step.page", step.page, (batch,), torch.int64)
-    check("step.lengths", step.lengths, (batch,), torch.int64)
-    check("step.logits", step.logits, (batch, heads, None), torch.float32)
-    check("out", out, (batch, heads, value_width))
+    check_steps("steps", steps)
+    check("logits", logits, (batch, heads, None), torch.float32)
+    check("out", out, (len(query), heads, value_width))
     check("estimated", estimated, (batch, heads), torch.float32)
-    group, known = heads // kv_heads, step.logits.shape[2]
-    assert known in (0, pages), f"step.logits are of {known} pages; they must be of {pages}, or 0"
-    if step.chosen is None:
-        chosen, correction = step.page, step.logits  # neither is read
+    group, known = heads // kv_heads, logits.shape[2]
+    assert known in (0, pages), f"logits are of {known} pages; they must be of {pages}, or 0"
+    if chosen is None:
+        listed, correction = steps.page, logits  # neither is read
         # a table in as few parts as one program can merge
         budget, count, exact = 0, pages, max(EXACT_A_SPLIT, triton.cdiv(pages, MOST_SPLITS))
     else:
-        chosen, correction = step.chosen.pages, step.chosen.correction
-        check("step.chosen.pages", chosen, (batch, kv_heads, None), torch.int64)
-        check("step.chosen.correction", correction, (batch, heads), torch.float32)
-        budget, exact = chosen.shape[2], EXACT_A_SPLIT
+        listed, correction = chosen.pages, chosen.correction
+        check("chosen.pages", listed, (batch, kv_heads, None), torch.int64)
+        check("chosen.correction", correction, (batch, heads), torch.float32)
+        budget, exact = listed.shape[2], EXACT_A_SPLIT
         count = plan.sink_pages + budget + plan.window_pages + 1
     exact_splits = triton.cdiv(count, exact)
     splits = exact_splits + triton.cdiv(known, TILES_A_SPLIT * PAGES_A_TILE)
     part = query.new_empty(batch, heads, splits, value_width, dtype=torch.float32)
     mass = query.new_empty(batch, heads, splits, dtype=torch.float32)
     _decode[(splits, batch, kv_heads)](
-        *(query, kv.key, kv.value, summaries.value, step.table, step.page, step.lengths),
-        *(chosen, step.logits, correction),
+        *(query, kv.key, kv.value, summaries.value),
+        *(steps.token, steps.position, steps.page, steps.table, listed, logits, correction),
         *(part, mass, out, estimated, arrivals(query.device, batch * kv_heads)),
         *(float(scale * kv.key_scale), float(kv.value_scale), float(plan.logit_cap)),
         *(pages, count, budget, plan.sink_pages, plan.window_pages),
         *(exact, exact_splits, summaries.pages),
         PAGE=PAGE_SIZE,
-        ALL=step.chosen is None,
+        ALL=chosen is None,
         GROUP=group,
         CAPS=plan.logit_cap > 0,
         WIDTH=width,
@@ -118,9 +107,10 @@ def _decode(
     key,
     value,
     mean_value,
-    table,
+    token,
+    position,
     own_pages,
-    lengths,
+    table,
     chosen,
     logits,
     correction,
@@ -169,8 +159,9 @@ def _decode(
     if split < exact_splits:
         d = tl.arange(0, BLOCK)
         shown = real[:, None] & (d < WIDTH)[None, :]
-        q = tl.load(query + here[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
-        length = tl.load(lengths + request)
+        asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
+        q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
+        last = tl.load(position + request)
         offset = tl.arange(0, PAGE)
         first = split * exact_a_split
         # without a branch inside, so that the next page is read while this one is multiplied
@@ -180,7 +171,7 @@ def _decode(
             else:
                 page = exact_page(column, chosen, own, budget, sink, window)
             slot = tl.load(table + request * pages + page, mask=page >= 0, other=0) * PAGE + offset
-            seen = (page >= 0) & (page * PAGE + offset < length)
+            seen = (page >= 0) & (page * PAGE + offset <= last)
             place = slot * kv_heads + head
             k = load_rows(key, place, seen, WIDTH, BLOCK)
             logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
@@ -209,10 +200,11 @@ def _decode(
     tl.store(part + at[:, None] * VALUE_WIDTH + v[None, :], mixed, mask=shown)
     if arrives_last(counters + request * kv_heads + head, tl.num_programs(0)):
         for number in range(GROUP):
-            one = (request * kv_heads + head) * GROUP + number
             _merge(
-                part, mass, out, estimated, one, tl.num_programs(0), exact_splits,
-                VALUE_WIDTH, VALUE_BLOCK, SPLITS,
+                part, mass, out, estimated,
+                (request * kv_heads + head) * GROUP + number,
+                (tl.load(token + request) * kv_heads + head) * GROUP + number,
+                tl.num_programs(0), exact_splits, VALUE_WIDTH, VALUE_BLOCK, SPLITS,
             )  # fmt: skip
 
 
@@ -257,7 +249,8 @@ def _merge(
     mass,
     out,
     estimated,
-    row,
+    row,  # of [B * Hq]
+    asked,  # of [T * Hq]
     splits,
     exact_splits,
     VALUE_WIDTH: tl.constexpr,
@@ -274,4 +267,4 @@ def _merge(
     here = (row * splits + split)[:, None] * VALUE_WIDTH + v[None, :]
     shown = (split < splits)[:, None] & (v < VALUE_WIDTH)[None, :]
     found = tl.sum(weight[:, None] * tl.load(part + here, mask=shown, other=0.0), 0)
-    tl.store(out + row * VALUE_WIDTH + v, found.to(out.dtype.element_ty), mask=v < VALUE_WIDTH)
+    tl.store(out + asked * VALUE_WIDTH + v, found.to(out.dtype.element_ty), mask=v < VALUE_WIDTH)

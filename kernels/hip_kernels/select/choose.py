@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan
+from hip_kernels.checks import check, check_steps
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
 from hip_kernels.select.best import NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.select.triton import GUARDS, Scores
 from hip_kernels.tiles import (
@@ -44,26 +44,23 @@ def choose(
     query: Tensor,
     kv: PagedKV,
     scores: Scores,
-    table: Tensor,
-    visible: Tensor,
+    steps: DecodeSteps,
     plan: SparsePlan,
     scale: float,
 ) -> Chosen:
-    """Choose ``plan.budget_pages`` for each request and KV head.
+    """Choose ``plan.budget_pages`` for each step and KV head.
 
-    query [B, Hq, D]; table [B, P], physical pages in logical order; visible [B], how many of them
-    are complete and before the token; scores as ``triton.score`` left them.
+    query [T, Hq, D]; scores as ``triton.score`` left them.
     """
-    batch, heads, width = query.shape
-    pages, kv_heads, means = table.shape[1], kv.kv_heads, len(scores.parts)
+    batch, heads, width = len(steps), *query.shape[1:]
+    pages, kv_heads, means = steps.table.shape[1], kv.kv_heads, len(scores.parts)
     check("query", query, (None, None, kv.key.shape[2]))
     check("kv.key", kv.key, (None, kv_heads, width))
     check("scores.page", scores.page, (batch, heads, pages), torch.float32)
     check("scores.parts", scores.parts, (means, batch, heads, pages), torch.float32)
     check("scores.spread", scores.spread, (batch, heads, pages), torch.float32)
     check("scores.mass", scores.mass, (batch, heads, None), torch.float32)
-    check("table", table, (batch, pages), torch.int64)
-    check("visible", visible, (batch,), torch.int64)
+    check_steps("steps", steps)
     assert plan.budget_pages > 0, "plan.budget_pages is 0; a step chooses one page or more"
     budget = plan.budget_pages
     looks = plan.second_look > 0
@@ -74,7 +71,7 @@ def choose(
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     chosen = integers(batch, kv_heads, budget, dtype=torch.int64)
-    correction = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
+    correction = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
     mass = torch.empty_like(correction)
     keys = integers(batch, kv_heads, places)
     taken = integers(batch, kv_heads, max(listed, 2 * budget))
@@ -91,7 +88,7 @@ def choose(
     }
     fixed = plan.sink_pages, plan.window_pages
     _shortlist[(batch, kv_heads)](
-        *(scores.page, scores.parts, scores.spread, scores.mass, visible, mass),
+        *(scores.page, scores.parts, scores.spread, scores.mass, steps.page, mass, correction),
         *(keys, list_, taken, pages, scores.mass.shape[2], listed, places, taken.shape[2]),
         *(*fixed, float(plan.top_p)),
         LOOKS=looks,
@@ -103,8 +100,9 @@ def choose(
     true = torch.empty(batch, heads, listed, dtype=torch.float32, device=query.device)
     splits = triton.cdiv(listed, SUB_PAGES_A_SPLIT)
     _look[(splits, batch, kv_heads)](
-        *(query, kv.key, table, list_, true, mass, scores.page, scores.parts, scores.spread),
-        *(visible, keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
+        *(query, steps.token, kv.key, steps.table, list_, true, mass),
+        *(scores.page, scores.parts, scores.spread),
+        *(steps.page, keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
         *(float(scale * kv.key_scale), float(plan.logit_cap), float(plan.top_p)),
         *(pages, listed, places, taken.shape[2], budget, *fixed),
         PAGE=PAGE_SIZE,
@@ -126,6 +124,7 @@ def _shortlist(
     tile_mass,
     visible,
     mass,
+    correction,
     keys,
     listed,
     taken,
@@ -165,6 +164,8 @@ def _shortlist(
         origin = tl.where(top > float("-inf"), top, 0.0)
         total = origin + tl.log(tl.exp(total - origin) + tl.exp(more - origin))
     tl.store(mass + rows, total, mask=row < GROUP)
+    # a look will tell
+    tl.store(correction + rows, tl.zeros((ROWS,), tl.float32), mask=row < GROUP)
     tl.debug_barrier()
 
     PARTS: tl.constexpr = MEANS if LOOKS else 1
@@ -202,6 +203,7 @@ def _shortlist(
 @triton.jit
 def _look(
     query,
+    token,
     key,
     table,
     listed,
@@ -250,15 +252,16 @@ def _look(
     listed += here * entries
     d = tl.arange(0, BLOCK)
     shown = real[:, None] & (d < WIDTH)[None, :]
-    q = tl.load(query + rows[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
+    asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
+    q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
     TOKENS: tl.constexpr = PAGE // MEANS
-    token = tl.arange(0, PAGE)
+    offset = tl.arange(0, PAGE)
     for start in range(0, SPLIT, MEANS):
-        entry = tl.program_id(0) * SPLIT + start + token // TOKENS
+        entry = tl.program_id(0) * SPLIT + start + offset // TOKENS
         code = tl.load(listed + entry, mask=entry < entries, other=-1)
         seen = code >= 0
         page = tl.load(table + request * pages + code // MEANS, mask=seen, other=0)
-        slot = page * PAGE + code % MEANS * TOKENS + token % TOKENS
+        slot = page * PAGE + code % MEANS * TOKENS + offset % TOKENS
         k = load_rows(key, slot * kv_heads + head, seen, WIDTH, BLOCK)
         logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         if CAPS:

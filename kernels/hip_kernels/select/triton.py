@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import PAGE_SIZE, SparsePlan, Summaries
+from hip_kernels.checks import check, check_steps, check_summaries
+from hip_kernels.layout import PAGE_SIZE, DecodeSteps, SparsePlan, Summaries
 from hip_kernels.tiles import PAGES_A_TILE, load_rows, log_sum_exp, rows_of_group, soft_capped
 
 GUARDS = {"none": 0, "mean": 0, "quadratic": 1, "harmonic": 2}
@@ -44,25 +44,19 @@ class Scores:
 def score(
     query: Tensor,
     summaries: Summaries,
-    table: Tensor,
-    visible: Tensor,
+    steps: DecodeSteps,
     plan: SparsePlan,
     scale: float,
     out: Scores,
 ) -> None:
-    """Weigh the pages of each request for its decode step.
-
-    query [B, Hq, D]; table [B, P], physical pages in logical order; visible [B], how
-    many of them are complete and before the token.
-    """
-    batch, heads, width = query.shape
-    pages, kv_heads = table.shape[1], len(summaries.sigma)
+    """Weigh the pages before each step's: query [T, Hq, D]."""
+    batch, heads, width = len(steps), *query.shape[1:]
+    pages, kv_heads = steps.table.shape[1], len(summaries.sigma)
     means = summaries.mean.shape[1]
     assert plan.remainder in GUARDS, f"plan.remainder {plan.remainder} has no kernel: {[*GUARDS]}"
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
     check("query", query, (None, None, summaries.mean.shape[-1]))
-    check("table", table, (batch, None), torch.int64)
-    check("visible", visible, (batch,), torch.int64)
+    check_steps("steps", steps)
     check_summaries("summaries", summaries, kv_heads)
     check("out.page", out.page, (batch, heads, pages), torch.float32)
     check("out.parts", out.parts, (means, batch, heads, pages), torch.float32)
@@ -71,7 +65,7 @@ def score(
     check("out.mass", out.mass, (batch, heads, tiles), torch.float32)
     group = heads // kv_heads
     _score[(tiles, batch, kv_heads)](
-        *(query, summaries.mean, summaries.sigma, table, visible),
+        *(query, summaries.mean, summaries.sigma, steps.token, steps.table, steps.page),
         *(out.page, out.parts, out.spread, out.mass),
         *(float(scale), float(plan.logit_cap), pages, summaries.pages),
         PAGE=PAGE_SIZE,
@@ -93,6 +87,7 @@ def _score(
     query,
     mean,
     sigma,
+    token,
     table,
     visible,
     page_out,
@@ -124,7 +119,8 @@ def _score(
     there = here[:, None] * pages + column[None, :]
     d = tl.arange(0, BLOCK)
     real = (row < GROUP)[:, None] & (d < WIDTH)[None, :]
-    q = tl.load(query + here[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
+    asked = tl.load(token + request) * heads + head * GROUP + row
+    q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
     q = q.to(tl.float32) * scale
     place = tl.load(table + request * pages + column, mask=seen, other=0)
 
