@@ -11,11 +11,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from hip_kernels.attend.triton import decode
-from hip_kernels.cards import CARDS, Card, compiling_for
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
-from hip_kernels.select.choose import Chosen, choose
-from hip_kernels.select.triton import Scores, score
+from hip_kernels.attend import fused
+from hip_kernels.cards import CARDS, Binary, Card, compiling_for
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    Choice,
+    LocalPages,
+    PagedKV,
+    QueryBlocks,
+    SparsePlan,
+    Summaries,
+)
 from hip_kernels.summarize.triton import pool, summarize
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
@@ -43,21 +50,23 @@ def variants(card: Card) -> Iterator[Variant]:
         for group in GROUPS:
             # models that cap their logits have heads of 128 or 256
             for cap in (0.0, 50.0) if width >= 128 and group == 8 else (0.0,):
-                how = f"{width}, group of {group}" + (", capped" if cap else "")
-                yield f"score {how}", partial(launch_score, width, group, cap)
                 for kept in stored:
-                    given = width, group, cap, kept
-                    yield f"decode {of(kept)} {how}", partial(launch_decode, *given, dense=False)
-                    yield f"dense {of(kept)} {how}", partial(launch_decode, *given, dense=True)
-                    yield f"look {of(kept)} {how}", partial(launch_choose, *given, top_p=1.0)
-    for group in GROUPS:
-        for top_p in (1.0, 0.9):
-            name = f"choose, group of {group}, top_p {top_p}"
-            yield name, partial(launch_best, group, top_p)
-        yield (
-            f"look, group of {group}, top_p 0.9",
-            partial(launch_choose, 128, group, 0.0, torch.bfloat16, top_p=0.9),
-        )
+                    how = f"{width} {of(kept)}, group of {group}" + (", capped" if cap else "")
+                    step = partial(launch_step, width, group, cap, kept)
+                    yield f"decode {how}", partial(step, top_p=1.0)
+                    yield f"keep-all {how}", partial(step, prunes=False)
+            for kept in stored:
+                how = f"{width} {of(kept)}, group of {group}"
+                blocks = partial(launch_blocks, width, group, 0.0, kept)
+                yield f"keep-all prompt {how}", partial(blocks, prunes=False)
+                if width <= fused.WIDEST_OF_BLOCKS:
+                    yield f"prompt {how}", blocks
+        capped = partial(launch_blocks, width, 8, 50.0, STORED[0])
+        yield f"keep-all prompt {width}, capped", partial(capped, prunes=False)
+        if width == fused.WIDEST_OF_BLOCKS:
+            yield f"prompt {width}, capped", capped
+        yield f"decode {width}, top_p", partial(launch_step, width, 8, 0.0, STORED[0])
+        yield f"decode {width}, nodes", partial(launch_step, width, 8, 0.0, STORED[0], nodes=True)
 
 
 def of(dtype: torch.dtype) -> str:
@@ -74,42 +83,50 @@ def launch_pool(width: int, means: int) -> None:
     pool(found, pages, nodes, found)
 
 
-def launch_score(width: int, group: int, cap: float) -> None:
-    out = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
-    plan = SparsePlan(logit_cap=cap)
-    score(queries(width, group), summaries(width, 4), STEPS, plan, 0.1, out)
-
-
-def launch_choose(width: int, group: int, cap: float, stored: torch.dtype, top_p: float) -> None:
-    scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
+def launch_step(
+    width: int,
+    group: int,
+    cap: float,
+    stored: torch.dtype,
+    *,
+    prunes: bool = True,
+    nodes: bool = False,
+    held: bool = False,
+    top_p: float = 0.9,
+) -> None:
+    """A whole decode step; with ``held`` it uses a choice again."""
+    row = integers(BATCH, 1)
+    table = integers(BATCH, PAGES)
+    of_nodes = LocalPages(integers(BATCH, PAGES // NODE_PAGES)) if nodes else None
+    local = LocalPages(table) if prunes else None
+    blocks = QueryBlocks(row, row, row[:, 0], table, local, row[:, 0], of_nodes)
+    query = torch.empty(BATCH, HEADS * group, width, dtype=torch.bfloat16, device="meta")
+    kept = summaries(width, 4)
     plan = SparsePlan(logit_cap=cap, second_look=2, top_p=top_p)
-    choose(queries(width, group), pool_of(width, stored), scores, STEPS, plan, 0.1)
+    given = query, pool_of(width, stored), kept, blocks, plan, 0.1, torch.empty_like(query)
+    choice = None
+    if held:
+        correction = torch.empty(BATCH, HEADS, group, device="meta")
+        choice = Choice(integers(BATCH, HEADS, plan.budget_pages), correction)
+    fused.attend(*given, nodes=kept, choice=choice)
 
 
-def launch_best(group: int, top_p: float) -> None:
-    scores = Scores.empty(BATCH, HEADS * group, PAGES, 4, torch.device("meta"))
-    plan = SparsePlan(top_p=top_p)
-    choose(queries(64, group), pool_of(64, torch.bfloat16), scores, STEPS, plan, 0.1)
-
-
-def launch_decode(width: int, group: int, cap: float, stored: torch.dtype, dense: bool) -> None:
-    query = queries(width, group)
-    heads = HEADS * group
-    logits = torch.empty(BATCH, heads, 0 if dense else PAGES, device="meta")
-    share = torch.empty(BATCH, heads, device="meta")
-    chosen = None if dense else Chosen(integers(BATCH, HEADS, 32), share)
-    plan, found = SparsePlan(logit_cap=cap), torch.empty_like(query)
-    given = query, pool_of(width, stored), summaries(width, 4), STEPS, chosen, logits
-    decode(*given, plan, 0.1, found, share)
+def launch_blocks(
+    width: int, group: int, cap: float, stored: torch.dtype, *, prunes: bool = True
+) -> None:
+    """A chunk of a prompt."""
+    row, table = integers(BATCH, PAGE_SIZE), integers(1, PAGES)
+    local, request = LocalPages(table) if prunes else None, integers(1)
+    blocks = QueryBlocks(row, row, integers(BATCH), table, local, request)
+    rows = BATCH * PAGE_SIZE
+    query = torch.empty(rows, HEADS * group, width, dtype=torch.bfloat16, device="meta")
+    given = query, pool_of(width, stored), summaries(width, 4), blocks, SparsePlan(logit_cap=cap)
+    fused.attend(*given, 0.1, torch.empty_like(query))
 
 
 def pool_of(width: int, stored: torch.dtype) -> PagedKV:
     rows = torch.empty(PAGES * PAGE_SIZE, HEADS, width, dtype=stored, device="meta")
     return PagedKV(rows, rows)
-
-
-def queries(width: int, group: int) -> torch.Tensor:
-    return torch.empty(BATCH, HEADS * group, width, dtype=torch.bfloat16, device="meta")
 
 
 def summaries(width: int, means: int) -> Summaries:
@@ -121,32 +138,33 @@ def integers(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
-STEPS = DecodeSteps(integers(BATCH), integers(BATCH), integers(BATCH), integers(BATCH, PAGES))
-
-
 def main() -> int:
     if not isinstance(summarize.__globals__["_summarize"], JITFunction):
         print("kernels-check: TRITON_INTERPRET is set, which compiles nothing; unset it")
         return 2
     failed = 0
     for card in CARDS:
-        for name, launch in variants(card):
-            try:
-                with compiling_for(card) as compiled:
+        with compiling_for(card) as compiled:
+            for name, launch in variants(card):
+                try:
                     launch()
-            except OutOfResources as error:
-                failed += 1
-                print(f"{card.name:7} {name:44} FAILED: {error}", flush=True)
-                continue
-            for binary in compiled.binaries:
-                failed += binary.spilled_bytes > 0
-                print(
-                    f"{card.name:7} {name:44} {binary.registers:4} registers "
-                    f"{binary.spilled_bytes:4} bytes spilled {binary.shared_bytes:7,} bytes shared",
-                    flush=True,
-                )
+                except OutOfResources as error:
+                    failed += 1
+                    print(f"{card.name:7} {name:40} FAILED: {error}", flush=True)
+                # what an earlier variant has compiled is not compiled again
+                for binary in compiled.binaries:
+                    failed += binary.spilled_bytes > 0
+                    print(f"{card.name:7} {name:40} {told(binary)}", flush=True)
+                compiled.binaries.clear()
     print(f"kernels-check: {failed} of the above spill or do not fit" if failed else "all fit")
     return 1 if failed else 0
+
+
+def told(binary: Binary) -> str:
+    return (
+        f"{binary.kernel:11} {binary.registers:4} registers {binary.spilled_bytes:4} bytes spilled "
+        f"{binary.shared_bytes:7,} bytes shared"
+    )
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def attend(
     if query.is_cuda:
         from hip_kernels.attend import fused
 
-        if fused.serves(blocks, plan):
-            return fused.attend(query, kv, summaries, blocks, plan, scale, out, choice)
+        if fused.serves(blocks, plan, query.shape[2]):
+            return fused.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
     return attending.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
 
 

@@ -52,6 +52,25 @@ def log_sum_exp(x):
 
 
 @triton.jit
+def log_add(a, b):
+    top = tl.maximum(a, b)
+    origin = tl.where(top > float("-inf"), top, 0.0)
+    return origin + tl.log(tl.exp(a - origin) + tl.exp(b - origin))
+
+
+@triton.jit
+def mass_of(masses, real, count, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The log-sum-exp of the first ``count`` masses behind each of the pointers [ROWS]."""
+    total = tl.full((ROWS,), float("-inf"), tl.float32)
+    for start in range(0, count, TILE):
+        tile = start + tl.arange(0, TILE)
+        known = real[:, None] & (tile < count)[None, :]
+        more = tl.load(masses[:, None] + tile[None, :], mask=known, other=float("-inf"))
+        total = log_add(total, log_sum_exp(more))
+    return total
+
+
+@triton.jit
 def arrives_last(counter, count):
     """Whether a program is the last of ``count``: it may read what the others stored.
 

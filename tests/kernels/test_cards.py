@@ -1,15 +1,17 @@
 """Kernels compile for cards that are not there, and what they take is told."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hip_kernels.attend import fused
 from hip_kernels.cards import CARDS, compiling_for
-from hip_kernels.layout import Choice, LocalPages, PagedKV, QueryBlocks, SparsePlan, Summaries
 from triton.runtime.errors import OutOfResources
 
-from scripts.kernels_check import variants
+from scripts.kernels_check import launch_blocks, launch_step, variants
+
+SHAPE = 64, 4, 0.0, torch.bfloat16
 
 
 @triton.jit
@@ -31,19 +33,16 @@ def tensor(size: int) -> torch.Tensor:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_each_kernel_compiles_for_a_card(card):
     # one of the many that `make kernels-check` compiles
-    wanted = (
-        "pool 80, 4",
-        "summarize 80 bfloat16, 4",
-        "score 80, group of 8",
-        "look bfloat16 80",
-        "decode bfloat16 80",
-    )
+    wanted = ("pool 80, 4", "summarize 80 bfloat16, 4", "decode 80, nodes", "prompt 80 bfloat16")
     launches = [launch for name, launch in variants(card) if name.startswith(wanted)]
     with compiling_for(card) as compiled:
         for launch in launches:
             launch()
     kernels = {binary.kernel for binary in compiled.binaries}
-    assert kernels == {"_pool", "_summarize", "_score", "_shortlist", "_look", "_decode"}
+    assert kernels == {
+        *("_pool", "_summarize", "_score", "_beam", "_shortlist", "_look", "_decode"),
+        *("_mass", "_best", "_best_pages", "_exact", "_rest"),
+    }
     for binary in compiled.binaries:
         assert 16 < binary.registers <= 255
         assert binary.spilled_bytes == 0
@@ -51,27 +50,22 @@ def test_each_kernel_compiles_for_a_card(card):
 
 
 @pytest.mark.parametrize(
-    ("prunes", "held", "launches"), [(True, False, 4), (True, True, 2), (False, False, 1)]
+    ("launch", "launches"),
+    [
+        (partial(launch_step, *SHAPE), 4),
+        (partial(launch_step, *SHAPE, held=True), 2),
+        (partial(launch_step, *SHAPE, nodes=True), 6),
+        (partial(launch_step, *SHAPE, nodes=True, held=True), 4),
+        (partial(launch_step, *SHAPE, prunes=False), 1),
+        (partial(launch_blocks, *SHAPE), 5),
+        (partial(launch_blocks, *SHAPE, prunes=False), 1),
+    ],
+    ids=lambda given: str(given.keywords) if isinstance(given, partial) else "",
 )
-def test_a_decode_step_waits_for_nothing(prunes, held, launches):
+def test_attention_waits_for_nothing(launch, launches):
     """Tensors without data have nothing to wait for: whatever asks for a number raises."""
-    batch, heads, kv_heads, pages = 3, 8, 2, 40
-    table = torch.empty(batch, pages, dtype=torch.int64, device="meta")
-    row = torch.empty(batch, 1, dtype=torch.int64, device="meta")
-    blocks = QueryBlocks(
-        row, row, row[:, 0], table, LocalPages(table) if prunes else None, row[:, 0]
-    )
-    rows = torch.empty(pages * 64, kv_heads, 64, dtype=torch.bfloat16, device="meta")
-    summaries = Summaries.empty(pages, kv_heads, 64, 64, dtype=torch.float16, device="meta")
-    query = torch.empty(batch, heads, 64, dtype=torch.bfloat16, device="meta")
-    choice = None
-    if held:
-        chosen = torch.empty(batch, kv_heads, 32, dtype=torch.int64, device="meta")
-        choice = Choice(chosen, torch.empty(batch, kv_heads, heads // kv_heads, device="meta"))
-    given = query, PagedKV(rows, rows), summaries, blocks, SparsePlan(second_look=2), 0.1
     with compiling_for(CARDS[1]) as compiled:
-        found = fused.attend(*given, torch.empty_like(query), choice)
-    assert (found is not None) == prunes
+        launch()
     assert compiled.launches == launches
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
+from hip_kernels.select import best
 from hip_kernels.select import choose as module
 from hip_kernels.select.triton import Scores
 from torch import Tensor
@@ -34,12 +35,17 @@ class Case:
     def __init__(self, group: int, seed: int = 0) -> None:
         torch.manual_seed(seed)
         heads = KV_HEADS * group
-        self.scores = Scores.empty(BATCH, heads, PAGES, MEANS, torch.device("cpu"))
         nan = float("nan")
         page = torch.randint(-3, 4, (BATCH, heads, PAGES)).float()
         page[torch.rand(page.shape) < 0.2] = NEVER
         for request, visible in enumerate(VISIBLE):
             page[request, :, visible:] = nan
+        visible = torch.tensor(VISIBLE)
+        self.table = torch.stack([torch.randperm(PAGES) for _ in range(BATCH)])
+        # the flat batch has other rows, too
+        token = torch.tensor([3, 0, 4])
+        self.steps = DecodeSteps(token, visible * PAGE_SIZE + 5, visible, self.table)
+        self.scores = Scores.of(self.steps, heads, MEANS, SparsePlan())
         self.scores.page.copy_(page)
         self.scores.parts.copy_(torch.randn(self.scores.parts.shape) + page - 4.2)
         self.scores.spread.copy_(torch.rand(page.shape) + 0 * page.nan_to_num(neginf=0))
@@ -47,11 +53,6 @@ class Case:
         seen = page.nan_to_num(nan=NEVER)
         # all of it in one tile's
         self.scores.mass[..., 1] = seen.logsumexp(-1)
-        page = torch.tensor(VISIBLE)
-        self.table = torch.stack([torch.randperm(PAGES) for _ in range(BATCH)])
-        # the flat batch has other rows, too
-        token = torch.tensor([3, 0, 4])
-        self.steps = DecodeSteps(token, page * PAGE_SIZE + 5, page, self.table)
         rows = torch.randn(PAGES * PAGE_SIZE, KV_HEADS, WIDTH)
         self.kv = PagedKV(rows, rows, key_scale=0.5)
         self.flat = torch.full((5, heads, WIDTH), nan)
@@ -84,10 +85,10 @@ def test_the_first_of_the_best_are_chosen_in_order(
     plan = SparsePlan(sink_pages=1, window_pages=2, budget_pages=budget)
     case = Case(group)
     found = case.choose(kernels, plan)
-    best = case.shares().amax(2)
+    share = case.shares().amax(2)
     for request, visible in enumerate(VISIBLE):
         for head in range(KV_HEADS):
-            expected = sorted(first_of_best(best[request, head], visible, plan))
+            expected = sorted(first_of_best(share[request, head], visible, plan))
             padding = [-1] * (budget - len(expected))
             assert found.pages[request, head].tolist() == expected + padding
     assert not found.correction.any()
@@ -129,10 +130,10 @@ def test_a_second_look_reads_the_most_promising_sub_pages(
     estimate = case.scores.parts + spread + torch.tensor(float(tokens)).log()
     for request, visible in enumerate(VISIBLE):
         for head in range(KV_HEADS):
-            best = promise[:, request, head].amax(1)
+            hope = promise[:, request, head].amax(1)
             listed = sorted(
                 ((page, part) for page in range(1, visible - 2) for part in range(MEANS)),
-                key=lambda at: -float(best[at[1], at[0]]),
+                key=lambda at: -float(hope[at[1], at[0]]),
             )[: 2 * 5 * MEANS]
             rows = slice(head * 3, head * 3 + 3)
             total: dict[int, Tensor] = {}
@@ -148,6 +149,21 @@ def test_a_second_look_reads_the_most_promising_sub_pages(
             chosen = [page for page in found.pages[request, head].tolist() if page >= 0]
             assert chosen == sorted(expected)
             torch.testing.assert_close(found.correction[request, rows], wrong.clamp(max=0))
+
+
+@pytest.mark.parametrize("budget", [1, 30, 100])
+def test_blocks_choose_their_best_pages(kernels: ModuleType, monkeypatch, budget: int) -> None:
+    monkeypatch.setattr(best, "_KEYS_A_TILE", 16)
+    plan = SparsePlan(sink_pages=2, window_pages=3, budget_pages=budget)
+    score = torch.randint(-3, 4, (4, KV_HEADS, PAGES)).float()
+    score[torch.rand(score.shape) < 0.2] = NEVER
+    page = torch.tensor([70, 4, 0, 33])
+    found = best.best_pages(score, page, plan)
+    for block, own in enumerate(page.tolist()):
+        for head in range(KV_HEADS):
+            expected = sorted(first_of_best(score[block, head], own, plan))
+            padding = [-1] * (budget - len(expected))
+            assert found[block, head].tolist() == expected + padding
 
 
 def test_the_same_numbers_give_the_same_choice(kernels: ModuleType) -> None:

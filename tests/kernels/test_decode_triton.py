@@ -12,6 +12,7 @@ import torch
 from hip_kernels.attend import triton as module
 from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
 from hip_kernels.select.choose import Chosen
+from hip_kernels.select.triton import Scores
 from torch import Tensor
 
 NEVER = float("-inf")
@@ -56,10 +57,11 @@ class Case:
                 # padding need not be last
                 chosen[request, head, most - len(kept) :] = kept
         self.chosen: Chosen | None = Chosen(chosen, -torch.rand(batch, heads))
-        self.logits = logits
         # the flat batch has other rows, too
         token = torch.arange(batch).flip(0) + 1
         self.steps = DecodeSteps(token, position, own, table)
+        self.scores: Scores | None = Scores.of(self.steps, heads, 4, self.plan)
+        self.scores.page.copy_(logits)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:
         batch, heads, width = self.query.shape
@@ -68,7 +70,7 @@ class Case:
         out = torch.full((batch + 2, heads, self.kv.value.shape[2]), float("nan")).to(query.dtype)
         estimated = torch.full((batch, heads), float("nan"))
         plan = replace(self.plan, logit_cap=cap)
-        given = query, self.kv, self.summaries, self.steps, self.chosen, self.logits
+        given = query, self.kv, self.summaries, self.steps, self.chosen, self.scores
         kernels.decode(*given, plan, 0.1, out, estimated)
         assert out.isnan().all(-1).sum() == 2 * heads
         return out[self.steps.token], estimated
@@ -99,9 +101,10 @@ class Case:
             value = self.kv.value[start : start + count, group]
             values.append(value.double() * self.kv.value_scale)
         exact = sum(map(len, logits))
-        for page in sorted(pruned) if self.logits.shape[2] else []:
+        for page in sorted(pruned) if self.scores else []:
             assert self.chosen is not None
-            logit = self.logits[request, head, page]
+            assert self.scores is not None
+            logit = self.scores.page[request, head, page]
             logit = logit + self.chosen.correction[request, head]
             logits.append(logit.double()[None])
             place = int(self.steps.table[request, page])
@@ -131,8 +134,7 @@ def test_decode_equals_one_softmax_over_everything(kernels: ModuleType, shape, c
 @pytest.mark.parametrize("change", [{"chosen": None}, {}], ids=["all is exact", "none estimated"])
 def test_what_is_pruned_need_not_be_estimated(kernels: ModuleType, change: dict[str, None]) -> None:
     case = Case(4, 2, 32, 32, (900, 70), FULL, FULL)
-    case.logits = case.logits[..., :0].contiguous()
-    vars(case).update(change)
+    vars(case).update({"scores": None} | change)
     found, estimated = case.run(kernels)
     torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
     assert not estimated.any()
@@ -152,7 +154,8 @@ def test_many_pages_are_split_over_programs(
 
 def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     case = Case(2, 1, 32, 32, (500,), FULL, FULL)
-    case.logits.fill_(3000.0)
+    assert case.scores is not None
+    case.scores.page.fill_(3000.0)
     found, estimated = case.run(kernels)
     torch.testing.assert_close(found.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
     assert (estimated == 1).all()
@@ -163,7 +166,7 @@ def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     [
         ("query", {"query": torch.empty(2, 4, 80)}),
         ("kv.value", {"kv": PagedKV(torch.empty(640, 3, 80), torch.empty(64, 3, 80))}),
-        ("logits", {"logits": torch.empty(2, 3, 13, dtype=HALF)}),
+        ("scores are", {"scores": Case(*SHAPES[0]).scores}),
         ("out", {"out": torch.empty(2, 3, 64)}),
         ("estimated", {"estimated": torch.empty(2, 3, dtype=HALF)}),
     ],
@@ -197,7 +200,7 @@ def arguments(case: Case) -> dict[str, object]:
         "summaries": case.summaries,
         "steps": case.steps,
         "chosen": case.chosen,
-        "logits": case.logits,
+        "scores": case.scores,
         "plan": case.plan,
         "scale": 1.0,
         "out": torch.empty(2, 3, 80),

@@ -39,8 +39,9 @@ def steps_of(token: Tensor, page: Tensor, table: Tensor) -> DecodeSteps:
 
 
 def poisoned(heads: int, pages: int, means: int) -> module.Scores:
-    out = module.Scores.empty(BATCH, heads, pages, means, torch.device("cpu"))
-    for tensor in (out.page, out.parts, out.spread):
+    table = torch.zeros(BATCH, pages, dtype=torch.int64)
+    out = module.Scores.of(steps_of(NOUGHT, NOUGHT, table), heads, means, SparsePlan())
+    for tensor in (out.page, out.parts, out.spread, out.mass):
         tensor.fill_(float("nan"))
     return out
 
@@ -111,7 +112,9 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
             "steps.page",
             {"steps": DecodeSteps(NOUGHT, NOUGHT, torch.zeros(BATCH + 1).long(), TABLE)},
         ),
-        ("out.page", {"out": poisoned(4, 6, 4)}),
+        ("scores are", {"out": poisoned(4, 6, 4)}),
+        ("scores.page", {"out": poisoned(6, 5, 4)}),
+        ("scores.parts", {"out": poisoned(4, 5, 1)}),
         ("plan.remainder", {"plan": SparsePlan(remainder="log_cosh")}),
     ],
 )

@@ -13,8 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_steps, check_summaries
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    DecodeSteps,
+    PagedKV,
+    SparsePlan,
+    Summaries,
+)
 from hip_kernels.select.choose import Chosen
+from hip_kernels.select.nodes import Columns, page_of
+from hip_kernels.select.triton import Scores
 from hip_kernels.tiles import (
     PAGES_A_TILE,
     arrivals,
@@ -36,7 +45,7 @@ def decode(
     summaries: Summaries,
     steps: DecodeSteps,
     chosen: Chosen | None,
-    logits: Tensor,
+    scores: Scores | None,
     plan: SparsePlan,
     scale: float,
     out: Tensor,
@@ -44,9 +53,8 @@ def decode(
 ) -> None:
     """Attend one token a request: query [T, Hq, D] -> its row of out [T, Hq, Dv].
 
-    Without ``chosen`` all pages are exact. ``logits`` [B, Hq, P] is what a page weighs as one key;
-    with [B, Hq, 0] none is estimated. ``estimated`` [B, Hq] becomes the share of each softmax that
-    went to estimated pages.
+    Without ``chosen`` all pages are exact, and without ``scores`` none is estimated; ``estimated``
+    [B, Hq] becomes the share of each softmax that went to those that are.
     """
     batch, heads, width = len(steps), *query.shape[1:]
     pages, kv_heads, value_width = steps.table.shape[1], kv.kv_heads, kv.value.shape[2]
@@ -56,13 +64,11 @@ def decode(
     check("kv.value", kv.value, (len(kv.key), kv_heads, value_width))
     check_summaries("summaries", summaries, kv_heads)
     check_steps("steps", steps)
-    check("logits", logits, (batch, heads, None), torch.float32)
     check("out", out, (len(query), heads, value_width))
     check("estimated", estimated, (batch, heads), torch.float32)
-    group, known = heads // kv_heads, logits.shape[2]
-    assert known in (0, pages), f"logits are of {known} pages; they must be of {pages}, or 0"
+    group, tile = heads // kv_heads, TILES_A_SPLIT * PAGES_A_TILE
     if chosen is None:
-        listed, correction = steps.page, logits  # neither is read
+        listed, correction = steps.page, estimated  # neither is read
         # a table in as few parts as one program can merge
         budget, count, exact = 0, pages, max(EXACT_A_SPLIT, triton.cdiv(pages, MOST_SPLITS))
     else:
@@ -71,18 +77,37 @@ def decode(
         check("chosen.correction", correction, (batch, heads), torch.float32)
         budget, exact = listed.shape[2], EXACT_A_SPLIT
         count = plan.sink_pages + budget + plan.window_pages + 1
-    exact_splits = triton.cdiv(count, exact)
-    splits = exact_splits + triton.cdiv(known, TILES_A_SPLIT * PAGES_A_TILE)
+    # what is not estimated is not read
+    columns, logits, nodes = Columns(0, 0, 0), estimated, None
+    if scores is not None:
+        scores.check(batch, heads, pages)
+        columns, logits, nodes = scores.columns, scores.page, scores.nodes
+    node_value, node_table, node_logit, pages_of = (
+        summaries.value,
+        steps.table,
+        estimated,
+        steps.page,
+    )
+    if nodes is not None:
+        nodes.check(batch, heads, kv_heads)
+        node_value, node_table = nodes.summaries.value, nodes.table
+        node_logit, pages_of = nodes.logit, nodes.pages
+    node_count = 0 if nodes is None else node_table.shape[1]
+    exact_splits, page_splits = triton.cdiv(count, exact), triton.cdiv(len(columns), tile)
+    splits = exact_splits + page_splits + triton.cdiv(node_count, tile)
     part = query.new_empty(batch, heads, splits, value_width, dtype=torch.float32)
     mass = query.new_empty(batch, heads, splits, dtype=torch.float32)
     _decode[(splits, batch, kv_heads)](
-        *(query, kv.key, kv.value, summaries.value),
-        *(steps.token, steps.position, steps.page, steps.table, listed, logits, correction),
+        *(query, kv.key, kv.value, summaries.value, node_value),
+        *(steps.token, steps.position, steps.page, steps.table, node_table, pages_of),
+        *(listed, logits, node_logit, correction),
         *(part, mass, out, estimated, arrivals(query.device, batch * kv_heads)),
         *(float(scale * kv.key_scale), float(kv.value_scale), float(plan.logit_cap)),
-        *(pages, count, budget, plan.sink_pages, plan.window_pages),
-        *(exact, exact_splits, summaries.pages),
+        *(pages, len(columns), node_count),
+        *(count, budget, plan.sink_pages, plan.window_pages),
+        *(exact, exact_splits, page_splits, summaries.pages, node_value.shape[1]),
         PAGE=PAGE_SIZE,
+        NODE=0 if nodes is None else NODE_PAGES,
         ALL=chosen is None,
         GROUP=group,
         CAPS=plan.logit_cap > 0,
@@ -94,7 +119,7 @@ def decode(
         TILES=TILES_A_SPLIT,
         TILE=PAGES_A_TILE,
         SPLITS=triton.next_power_of_2(splits),
-        num_warps=4,
+        num_warps=4 if max(width, value_width) <= 128 else 8,
         num_stages=2,
         # left alone, the assembler spills to have more programs at once
         maxnreg=255,
@@ -107,12 +132,16 @@ def _decode(
     key,
     value,
     mean_value,
+    node_value,
     token,
     position,
     own_pages,
     table,
+    node_table,
+    listed_pages,
     chosen,
     logits,
+    node_logits,
     correction,
     part,
     mass,
@@ -122,15 +151,20 @@ def _decode(
     scale,
     value_scale,
     cap,
-    pages,  # columns of the table
+    pages,  # of the table
+    columns,
+    nodes,  # of their table
     exact_count,  # sink, chosen, window, own
     budget,  # columns of ``chosen``
     sink,
     window,
     exact_a_split,
     exact_splits,
-    pool_pages,  # pages that the summaries have room for
+    page_splits,
+    pool_pages,  # that the summaries have room for
+    pool_nodes,
     PAGE: tl.constexpr,
+    NODE: tl.constexpr,
     ALL: tl.constexpr,
     GROUP: tl.constexpr,
     CAPS: tl.constexpr,
@@ -179,20 +213,35 @@ def _decode(
                 logit = soft_capped(logit, cap)
             logit = tl.where(seen[None, :], logit, float("-inf"))
             rows = load_rows(value, place, seen, VALUE_WIDTH, VALUE_BLOCK)
-            top, total, mixed = _more(top, total, mixed, logit, rows.to(q.dtype))
+            top, total, mixed = more_keys(top, total, mixed, logit, rows.to(q.dtype))
         mixed *= value_scale
+    elif split < exact_splits + page_splits:
+        wrong = tl.load(correction + here, mask=real, other=0.0)
+        listed_pages += (request * kv_heads + head) * columns
+        for number in range(TILES):
+            column = ((split - exact_splits) * TILES + number) * TILE + tl.arange(0, TILE)
+            page = page_of(column, columns, own, listed_pages, NODE)
+            pruned = is_pruned(page, chosen, own, budget, sink, window, TILE) & (column < columns)
+            shown = real[:, None] & pruned[None, :]
+            there = here[:, None] * columns + column[None, :]
+            logit = tl.load(logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
+            place = tl.load(table + request * pages + page, mask=pruned, other=0)
+            place += head * pool_pages
+            rows = load_rows(mean_value, place, pruned, VALUE_WIDTH, VALUE_BLOCK)
+            top, total, mixed = more_keys(top, total, mixed, logit, rows)
     else:
         wrong = tl.load(correction + here, mask=real, other=0.0)
         for number in range(TILES):
-            column = ((split - exact_splits) * TILES + number) * TILE + tl.arange(0, TILE)
-            pruned = is_pruned(column, chosen, own, budget, sink, window, TILE)
-            shown = real[:, None] & (pruned & (column < pages))[None, :]
-            there = here[:, None] * pages + column[None, :]
-            logit = tl.load(logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
-            place = tl.load(table + request * pages + column, mask=pruned, other=0)
-            place += head * pool_pages
-            rows = load_rows(mean_value, place, pruned, VALUE_WIDTH, VALUE_BLOCK)
-            top, total, mixed = _more(top, total, mixed, logit, rows)
+            node = (split - exact_splits - page_splits) * TILES + number
+            node = node * TILE + tl.arange(0, TILE)
+            shown = real[:, None] & (node < nodes)[None, :]
+            there = here[:, None] * nodes + node[None, :]
+            logit = tl.load(node_logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
+            kept = tl.max(logit, 0) > float("-inf")
+            place = tl.load(node_table + request * nodes + node, mask=kept, other=0)
+            place += head * pool_nodes
+            rows = load_rows(node_value, place, kept, VALUE_WIDTH, VALUE_BLOCK)
+            top, total, mixed = more_keys(top, total, mixed, logit, rows)
     at = here * tl.num_programs(0) + split
     tl.store(mass + at, top + tl.log(total), mask=real)
     mixed /= tl.where(total > 0, total, 1.0)[:, None]
@@ -230,7 +279,7 @@ def is_pruned(page, chosen, own, budget, sink, window, TILE: tl.constexpr):
 
 
 @triton.jit
-def _more(top, total, mixed, logit, rows):
+def more_keys(top, total, mixed, logit, rows):
     """Take keys of ``logit`` [ROWS, N] and values ``rows`` [N, VALUE_BLOCK] into the softmax."""
     better = tl.maximum(top, tl.max(logit, 1))
     # a row that has seen nothing yet has no maximum to subtract

@@ -6,12 +6,58 @@ equal keys the first are taken, so that the same numbers always give the same ch
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from hip_kernels.checks import check
+from hip_kernels.layout import SparsePlan
 
 # a key that is never taken; that of -inf is larger
 NO_KEY = tl.constexpr(-(2**31))
 _BINS = tl.constexpr(256)
+_KEYS_A_TILE = 1024
+
+
+def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
+    """The best pages between sink and window of blocks in ``page`` [N].
+
+    score [N, Hkv, P] float32 -> [N, Hkv, budget] logical pages in order, -1 where there are fewer.
+    """
+    blocks, kv_heads, pages = score.shape
+    check("score", score, (None, None, None), torch.float32)
+    check("page", page, (blocks,), torch.int64)
+    keys, taken = (
+        torch.empty(blocks, kv_heads, size, dtype=torch.int32, device=score.device)
+        for size in (pages, plan.budget_pages)
+    )
+    chosen = page.new_empty(blocks, kv_heads, plan.budget_pages)
+    _best_pages[(blocks, kv_heads)](
+        *(score, page, keys, chosen, taken, pages, plan.budget_pages),
+        *(plan.sink_pages, plan.window_pages),
+        KEYS=_KEYS_A_TILE,
+        num_warps=4,
+    )
+    return chosen
+
+
+@triton.jit
+def _best_pages(
+    score, own_pages, keys, chosen, taken, pages, wanted, sink, window, KEYS: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    here = block * tl.num_programs(1) + tl.program_id(1)
+    end = tl.minimum(pages, tl.load(own_pages + block) - window)
+    keys += here * pages
+    for start in range(0, end, KEYS):
+        page = start + tl.arange(0, KEYS)
+        number = tl.load(score + here * pages + page, mask=page < end, other=0.0)
+        tl.store(keys + page, tl.where(page >= sink, key_of(number), NO_KEY), mask=page < end)
+    chosen += here * wanted
+    taken += here * wanted
+    least, equal = least_taken(keys, end, wanted, KEYS)
+    store_taken(keys, end, wanted, least, equal, chosen, taken, KEYS)
 
 
 @triton.jit

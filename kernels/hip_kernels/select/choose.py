@@ -14,14 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_steps
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
 from hip_kernels.select.best import NO_KEY, key_of, least_taken, store_taken
+from hip_kernels.select.enough import keep_enough
+from hip_kernels.select.nodes import page_of
 from hip_kernels.select.triton import GUARDS, Scores
 from hip_kernels.tiles import (
     arrivals,
     arrives_last,
     load_rows,
+    log_add,
     log_sum_exp,
+    mass_of,
     rows_of_group,
     soft_capped,
 )
@@ -56,16 +60,13 @@ def choose(
     pages, kv_heads, means = steps.table.shape[1], kv.kv_heads, len(scores.parts)
     check("query", query, (None, None, kv.key.shape[2]))
     check("kv.key", kv.key, (None, kv_heads, width))
-    check("scores.page", scores.page, (batch, heads, pages), torch.float32)
-    check("scores.parts", scores.parts, (means, batch, heads, pages), torch.float32)
-    check("scores.spread", scores.spread, (batch, heads, pages), torch.float32)
-    check("scores.mass", scores.mass, (batch, heads, None), torch.float32)
     check_steps("steps", steps)
+    scores.check(batch, heads, pages)
     assert plan.budget_pages > 0, "plan.budget_pages is 0; a step chooses one page or more"
-    budget = plan.budget_pages
-    looks = plan.second_look > 0
-    listed = min(plan.second_look * budget, pages) * means if looks else budget
-    places = max(pages * means, listed) if looks else pages
+    budget, columns, nodes = plan.budget_pages, scores.columns, scores.nodes
+    looks, count = plan.second_look > 0, len(columns)
+    listed = min(plan.second_look * budget, count) * means if looks else budget
+    places = max(count * means, listed) if looks else count
 
     def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
@@ -77,7 +78,11 @@ def choose(
     taken = integers(batch, kv_heads, max(listed, 2 * budget))
     list_ = integers(batch, kv_heads, listed, dtype=torch.int64) if looks else chosen
     group = heads // kv_heads
+    # without nodes a column is a page
+    pages_of = steps.table if nodes is None else nodes.pages
+    shape = columns.head, columns.beam, plan.sink_pages, plan.window_pages
     how = {
+        "NODE": 0 if nodes is None else NODE_PAGES,
         "MEANS": means,
         "GROUP": group,
         "ROWS": rows_of_group(group),
@@ -86,11 +91,10 @@ def choose(
         "KEYS": _KEYS_A_TILE,
         "num_warps": 4,
     }
-    fixed = plan.sink_pages, plan.window_pages
     _shortlist[(batch, kv_heads)](
-        *(scores.page, scores.parts, scores.spread, scores.mass, steps.page, mass, correction),
-        *(keys, list_, taken, pages, scores.mass.shape[2], listed, places, taken.shape[2]),
-        *(*fixed, float(plan.top_p)),
+        *(scores.page, scores.parts, scores.spread, scores.mass, steps.page, pages_of, mass),
+        *(correction, keys, list_, taken),
+        *(count, scores.mass.shape[2], listed, places, taken.shape[2], *shape, float(plan.top_p)),
         LOOKS=looks,
         SPREAD=GUARDS[plan.remainder] > 0,
         **how,
@@ -102,9 +106,17 @@ def choose(
     _look[(splits, batch, kv_heads)](
         *(query, steps.token, kv.key, steps.table, list_, true, mass),
         *(scores.page, scores.parts, scores.spread),
-        *(steps.page, keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
+        *(
+            steps.page,
+            pages_of,
+            keys,
+            taken,
+            chosen,
+            correction,
+            arrivals(query.device, batch * kv_heads),
+        ),
         *(float(scale * kv.key_scale), float(plan.logit_cap), float(plan.top_p)),
-        *(pages, listed, places, taken.shape[2], budget, *fixed),
+        *(pages, count, listed, places, taken.shape[2], budget, *shape),
         PAGE=PAGE_SIZE,
         CAPS=plan.logit_cap > 0,
         SPREAD=GUARDS[plan.remainder] > 0,
@@ -122,22 +134,26 @@ def _shortlist(
     parts,
     spread,
     tile_mass,
-    visible,
+    own_pages,
+    listed_pages,
     mass,
     correction,
     keys,
     listed,
     taken,
-    pages,  # columns of the table
-    tiles,  # of pages, whose masses are known
+    columns,
+    tiles,  # of columns, whose masses are known
     wanted,
     places,  # room for keys
     takes,  # room for keys that are taken, and for what is kept of them
+    head_pages,
+    beam_pages,
     sink,
     window,
     top_p,
     LOOKS: tl.constexpr,
     SPREAD: tl.constexpr,
+    NODE: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -150,19 +166,10 @@ def _shortlist(
     head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * GROUP
     here = request * tl.num_programs(1) + head
-    own = tl.load(visible + request)
+    own = tl.load(own_pages + request)
     row = tl.arange(0, ROWS)
     rows = here * GROUP + row  # of [B * Hq]
-
-    total = tl.full((ROWS,), float("-inf"), tl.float32)
-    for start in range(0, tiles, TILE):
-        tile = start + tl.arange(0, TILE)
-        known = (row < GROUP)[:, None] & (tile < tiles)[None, :]
-        more = tl.load(tile_mass + rows[:, None] * tiles + tile[None, :], known, float("-inf"))
-        more = log_sum_exp(more)
-        top = tl.maximum(total, more)
-        origin = tl.where(top > float("-inf"), top, 0.0)
-        total = origin + tl.log(tl.exp(total - origin) + tl.exp(more - origin))
+    total = mass_of(tile_mass + rows * tiles, row < GROUP, tiles, ROWS, TILE)
     tl.store(mass + rows, total, mask=row < GROUP)
     # a look will tell
     tl.store(correction + rows, tl.zeros((ROWS,), tl.float32), mask=row < GROUP)
@@ -170,17 +177,22 @@ def _shortlist(
 
     PARTS: tl.constexpr = MEANS if LOOKS else 1
     keys += here * places
-    end = tl.minimum(pages, tl.maximum(own - window, 0))
+    if NODE > 0:
+        listed_pages += here * columns
+        end = columns
+    else:
+        end = tl.minimum(columns, tl.maximum(own - window, 0))
     for start in range(0, end, KEYS):
-        page = start + tl.arange(0, KEYS)
-        candidate = (page >= sink) & (page < end)
+        column = start + tl.arange(0, KEYS)
+        page = page_of(column, columns, own, listed_pages, NODE)
+        candidate = (page >= sink) & (page < own - window) & (column < end)
         for part in tl.static_range(PARTS):
             best = tl.full((KEYS,), float("-inf"), tl.float32)
             for number in range(GROUP):
                 one = here * GROUP + number
-                at = one * pages + page
+                at = one * columns + column
                 if LOOKS:
-                    across = part * tl.num_programs(0) * heads * pages
+                    across = part * tl.num_programs(0) * heads * columns
                     share = tl.load(parts + across + at, mask=candidate, other=0.0)
                     if SPREAD:
                         share += tl.load(spread + at, mask=candidate, other=0.0)
@@ -188,16 +200,19 @@ def _shortlist(
                     share = tl.load(page_logit + at, mask=candidate, other=0.0)
                 best = tl.maximum(best, share - tl.load(mass + one))
             key = tl.where(candidate, key_of(best), NO_KEY)
-            tl.store(keys + page * PARTS + part, key, mask=page < end)
+            tl.store(keys + column * PARTS + part, key, mask=column < end)
     listed += here * wanted
     taken += here * takes
     least, equal = least_taken(keys, end * PARTS, wanted, KEYS)
     store_taken(keys, end * PARTS, wanted, least, equal, listed, taken, KEYS)
-    if TOP_P and not LOOKS:
-        _keep_enough(
-            listed, taken, wanted, page_logit, mass, rows, row, own, pages, sink, window, top_p,
-            GROUP, ROWS, TILE,
-        )  # fmt: skip
+    if not LOOKS:
+        if TOP_P:
+            keep_enough(
+                listed, taken, wanted, page_logit, mass, rows, row, own, columns,
+                head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
+            )  # fmt: skip
+        if NODE > 0:
+            _to_pages(listed, wanted, listed_pages, TILE)
 
 
 @triton.jit
@@ -212,7 +227,8 @@ def _look(
     page_logit,
     parts,
     spread,
-    visible,
+    own_pages,
+    listed_pages,
     keys,
     taken,
     chosen,
@@ -221,11 +237,14 @@ def _look(
     scale,
     cap,
     top_p,
-    pages,  # columns of the table
+    pages,  # of the table
+    columns,
     entries,  # sub-pages of a list
     places,  # room for keys
     takes,  # room for keys that are taken, and for what is kept of them
     budget,
+    head_pages,
+    beam_pages,
     sink,
     window,
     PAGE: tl.constexpr,
@@ -234,6 +253,7 @@ def _look(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    NODE: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -254,13 +274,17 @@ def _look(
     shown = real[:, None] & (d < WIDTH)[None, :]
     asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
     q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
+    own = tl.load(own_pages + request)
+    if NODE > 0:
+        listed_pages += here * columns
     TOKENS: tl.constexpr = PAGE // MEANS
     offset = tl.arange(0, PAGE)
     for start in range(0, SPLIT, MEANS):
         entry = tl.program_id(0) * SPLIT + start + offset // TOKENS
         code = tl.load(listed + entry, mask=entry < entries, other=-1)
         seen = code >= 0
-        page = tl.load(table + request * pages + code // MEANS, mask=seen, other=0)
+        page = page_of(code // MEANS, columns, own, listed_pages, NODE)
+        page = tl.load(table + request * pages + page, mask=seen, other=0)
         slot = page * PAGE + code % MEANS * TOKENS + offset % TOKENS
         k = load_rows(key, slot * kv_heads + head, seen, WIDTH, BLOCK)
         logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
@@ -276,7 +300,7 @@ def _look(
 
     keys += here * places
     taken += here * takes
-    across = tl.num_programs(1) * kv_heads * GROUP * pages  # from a part to the next
+    across = tl.num_programs(1) * kv_heads * GROUP * columns  # from a part to the next
     total = tl.load(mass + rows, mask=real, other=0.0)
     excess = tl.zeros((ROWS,), tl.float32)
     count = tl.full((), 0, tl.int32)
@@ -284,8 +308,8 @@ def _look(
         entry = start + tl.arange(0, TILE)
         code = tl.load(listed + entry, mask=entry < entries, other=-1)
         read = real[:, None] & (code >= 0)[None, :]
-        page, part = code // MEANS, code % MEANS
-        at = rows[:, None] * pages + page[None, :]
+        column, part = code // MEANS, code % MEANS
+        at = rows[:, None] * columns + column[None, :]
         estimate = tl.load(parts + part[None, :] * across + at, mask=read, other=0.0)
         estimate += tl.log(float(TOKENS))
         if SPREAD:
@@ -296,14 +320,14 @@ def _look(
 
         # sub-pages of a page stand together, and the first of them speaks for it
         before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
-        first = (code >= 0) & ((before < 0) | (before // MEANS != page))
+        first = (code >= 0) & ((before < 0) | (before // MEANS != column))
         share = tl.where(read, share - total[:, None], float("-inf"))
         for ahead in tl.static_range(1, MEANS):
             other = entry + ahead
             code = tl.load(listed + other, mask=other < entries, other=-1)
-            same = real[:, None] & ((code >= 0) & (code // MEANS == page))[None, :]
+            same = real[:, None] & ((code >= 0) & (code // MEANS == column))[None, :]
             more = tl.load(true + rows[:, None] * entries + other[None, :], same, float("-inf"))
-            share = _log_add(share, more - total[:, None])
+            share = log_add(share, more - total[:, None])
         best = tl.where(first, key_of(tl.max(share, 0)), NO_KEY)
         tl.store(keys + entry, best, mask=entry < entries)
     wrong = tl.minimum(excess / tl.maximum(count, 1).to(tl.float32), 0.0)
@@ -317,69 +341,21 @@ def _look(
         entry = tl.load(chosen + place, mask=place < budget, other=-1)
         code = tl.load(listed + entry, mask=entry >= 0, other=0)
         tl.store(chosen + place, code // MEANS, mask=entry >= 0)
-    if TOP_P:
-        tl.debug_barrier()
-        _keep_enough(
-            chosen, taken, budget, page_logit, mass, rows, row,
-            tl.load(visible + request), pages, sink, window, top_p, GROUP, ROWS, TILE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _log_add(a, b):
-    top = tl.maximum(a, b)
-    origin = tl.where(top > float("-inf"), top, 0.0)
-    return origin + tl.log(tl.exp(a - origin) + tl.exp(b - origin))
-
-
-@triton.jit
-def _keep_enough(
-    chosen,
-    taken,
-    budget,
-    page_logit,
-    mass,
-    rows,
-    row,
-    own,
-    pages,
-    sink,
-    window,
-    top_p,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Drop what is chosen beyond ``top_p`` of the mass of every row, best first."""
-    real = row < GROUP
-    total = tl.load(mass + rows, mask=real, other=0.0)
-    held = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, sink + window, TILE):
-        number = start + tl.arange(0, TILE)
-        page = tl.where(number < sink, number, own - window + number - sink)
-        fixed = (number < sink) | ((page >= sink) & (number < sink + window))
-        known = real[:, None] & (fixed & (page < own))[None, :]
-        logit = tl.load(page_logit + rows[:, None] * pages + page[None, :], known, float("-inf"))
-        held += tl.sum(tl.exp(logit - total[:, None]), 1)
-    for start in range(0, budget, TILE):
-        place = start + tl.arange(0, TILE)
-        key = tl.load(taken + place, mask=place < budget, other=NO_KEY)
-        before = tl.zeros((ROWS, TILE), tl.float32) + held[:, None]
-        for others in range(0, budget, TILE):
-            other = others + tl.arange(0, TILE)
-            page = tl.load(chosen + other, mask=other < budget, other=-1)
-            known = real[:, None] & (page >= 0)[None, :]
-            at = page_logit + rows[:, None] * pages + page[None, :]
-            share = tl.exp(tl.load(at, mask=known, other=float("-inf")) - total[:, None])
-            rival = tl.load(taken + other, mask=other < budget, other=NO_KEY)
-            tie = (rival[:, None] == key[None, :]) & (other[:, None] < place[None, :])
-            better = (rival[:, None] > key[None, :]) | tie
-            before += tl.dot(share, better.to(tl.float32), input_precision="ieee")
-        wanting = tl.max(tl.where(real[:, None], top_p - before, float("-inf")), 0) > 0
-        # all is decided before anything is dropped
-        tl.store(taken + budget + place, wanting.to(tl.int32), mask=place < budget)
     tl.debug_barrier()
+    if TOP_P:
+        keep_enough(
+            chosen, taken, budget, page_logit, mass, rows, row, own, columns,
+            head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
+        )  # fmt: skip
+    if NODE > 0:
+        _to_pages(chosen, budget, listed_pages, TILE)
+
+
+@triton.jit
+def _to_pages(chosen, budget, listed_pages, TILE: tl.constexpr):
+    """Columns become pages."""
     for start in range(0, budget, TILE):
         place = start + tl.arange(0, TILE)
-        kept = tl.load(taken + budget + place, mask=place < budget, other=1) > 0
-        tl.store(chosen + place, tl.full((TILE,), -1, tl.int64), mask=(place < budget) & ~kept)
+        column = tl.load(chosen + place, mask=place < budget, other=-1)
+        page = tl.load(listed_pages + column, mask=column >= 0, other=-1)
+        tl.store(chosen + place, page, mask=column >= 0)

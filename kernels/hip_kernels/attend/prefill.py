@@ -1,0 +1,290 @@
+"""Prefill attention on a GPU: blocks of 64 rows, exact pages and every other page's summary.
+
+One softmax a row over both: the first kernel attends to the exact pages, the second adds the
+others to what it finds. The mathematics is in ``reference.attend_sparse``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32, int64
+
+from hip_kernels.attend.triton import exact_page, more_keys
+from hip_kernels.checks import check
+from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan, Summaries
+from hip_kernels.select.prefill import (
+    check_blocks,
+    check_weighed,
+    page_logits,
+    table_stride,
+    tiling,
+)
+from hip_kernels.tiles import load_rows, soft_capped
+
+# keys that one step takes
+KEYS = 32
+
+
+def attend(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    blocks: QueryBlocks,
+    chosen: Tensor,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+    estimated: Tensor,
+) -> None:
+    """Attend to sink, chosen, window and own pages, and to the summaries of all others.
+
+    query [T, Hq, D]; chosen [N, Hkv, K] logical pages between sink and window, -1 is padding;
+    out [T, Hq, Dv], of which the rows of the blocks are written. ``estimated`` [N, Hq, 64] becomes
+    the share of each row's softmax that went to estimated pages.
+    """
+    count, heads, kv_heads = len(blocks), query.shape[1], kv.kv_heads
+    value_width = kv.value.shape[2]
+    check_weighed(query, summaries, blocks, plan)
+    check_kv(query, kv, out)
+    check("summaries.sigma", summaries.sigma, (kv_heads, None, query.shape[2]))
+    check("summaries.value", summaries.value, (kv_heads, None, value_width))
+    check("chosen", chosen, (count, kv_heads, None), int64)
+    check("estimated", estimated, (count, heads, PAGE_SIZE), float32)
+    _attend_exactly(query, kv, blocks, chosen, plan, scale, plan.logit_cap, out, estimated)
+    if plan.remainder == "none":
+        estimated.zero_()
+        return
+    choices = chosen.shape[2]
+    _rest[(heads, count)](
+        *(query, *summaries.tensors),
+        *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, estimated),
+        *(float(scale), float(plan.logit_cap)),
+        *(plan.sink_pages, plan.window_pages, choices, table_stride(blocks), summaries.pages),
+        GROUP=heads // kv_heads,
+        CHOICES=triton.next_power_of_2(max(choices, 1)),
+        VALUE_WIDTH=value_width,
+        VALUE_BLOCK=triton.next_power_of_2(value_width),
+        **tiling(summaries, plan),
+    )
+
+
+def attend_all(
+    query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
+) -> None:
+    """Attend to every page up to the block's own: query [T, Hq, D] -> rows of out [T, Hq, Dv]."""
+    check("query", query, (None, None, kv.key.shape[2]))
+    assert query.shape[1] % kv.kv_heads == 0, (
+        f"query has {query.shape[1]} heads, no multiple of {kv.kv_heads} KV heads"
+    )
+    check_blocks("blocks", blocks)
+    check_kv(query, kv, out)
+    _attend_exactly(query, kv, blocks, None, SparsePlan(), scale, cap, out, None)
+
+
+def check_kv(query: Tensor, kv: PagedKV, out: Tensor) -> None:
+    """Assert that query, pool and output belong together."""
+    tokens, heads, width = query.shape
+    value_width = kv.value.shape[2]
+    check("kv.key", kv.key, (None, kv.kv_heads, width))
+    check("kv.value", kv.value, (len(kv.key), kv.kv_heads, value_width))
+    check("out", out, (tokens, heads, value_width))
+
+
+def _attend_exactly(
+    query: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    chosen: Tensor | None,
+    plan: SparsePlan,
+    scale: float,
+    cap: float,
+    out: Tensor,
+    mass: Tensor | None,
+) -> None:
+    """``mass`` [N, Hq, 64] becomes each row's log-sum-exp; all pages where nothing is chosen."""
+    heads, width, value_width = query.shape[1], query.shape[2], kv.value.shape[2]
+    _exact[(heads, len(blocks))](
+        *(query, kv.key, kv.value),
+        *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, mass),
+        *(float(scale * kv.key_scale), float(kv.value_scale), float(cap)),
+        *(plan.sink_pages, plan.window_pages, 0 if chosen is None else chosen.shape[2]),
+        table_stride(blocks),
+        ALL=chosen is None,
+        PAGE=PAGE_SIZE,
+        GROUP=heads // kv.kv_heads,
+        CAPS=cap > 0,
+        WIDTH=width,
+        VALUE_WIDTH=value_width,
+        BLOCK=triton.next_power_of_2(width),
+        VALUE_BLOCK=triton.next_power_of_2(value_width),
+        KEYS=KEYS,
+        num_warps=4 if max(width, value_width) <= 128 else 8,
+        num_stages=2,
+        maxnreg=255,
+    )
+
+
+@triton.jit
+def _exact(
+    query,
+    key,
+    value,
+    tokens,
+    position,
+    page,
+    table,
+    chosen,
+    out,
+    mass,
+    scale,
+    value_scale,
+    cap,
+    sink,
+    window,
+    choices,  # columns of ``chosen``
+    stride,  # between the tables of two blocks
+    ALL: tl.constexpr,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    # the longest contexts first: blocks of a chunk are in order
+    block = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    heads = tl.num_programs(0)
+    kv_head = head // GROUP
+    kv_heads = heads // GROUP
+    row = tl.arange(0, PAGE)
+    token = tl.load(tokens + block * PAGE + row)
+    at = tl.load(position + block * PAGE + row).to(tl.int32)
+    real = at >= 0
+    own = tl.load(page + block).to(tl.int32)
+    # a padding row sees its block's first key, so that its softmax is finite
+    at = tl.where(real, at, own * PAGE)
+    last = tl.max(at, 0)
+    q = load_rows(query, token * heads + head, real, WIDTH, BLOCK)
+    top = tl.full((PAGE,), float("-inf"), tl.float32)
+    total = tl.zeros((PAGE,), tl.float32)
+    mixed = tl.zeros((PAGE, VALUE_BLOCK), tl.float32)
+    offset = tl.arange(0, KEYS)
+    runs: tl.constexpr = PAGE // KEYS
+    if ALL:
+        count = own + 1
+    else:
+        count = sink + choices + window + 1
+        listed = chosen + (block * kv_heads + kv_head) * choices
+    for step in range(count * runs):
+        number = step // runs
+        if ALL:
+            each = number
+        else:
+            each = exact_page(number, listed, own, choices, sink, window).to(tl.int32)
+        start = step % runs * KEYS
+        k_at = each * PAGE + start + offset
+        seen = (each >= 0) & (k_at <= last)
+        first = tl.load(table + block * stride + each, mask=each >= 0, other=0) * PAGE + start
+        first = first * kv_heads + kv_head
+        k = load_rows(key + first * WIDTH, offset * kv_heads, seen, WIDTH, BLOCK)
+        logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        if CAPS:
+            logit = soft_capped(logit, cap)
+        logit = tl.where(seen[None, :] & (k_at[None, :] <= at[:, None]), logit, float("-inf"))
+        rows = value + first * VALUE_WIDTH
+        rows = load_rows(rows, offset * kv_heads, seen, VALUE_WIDTH, VALUE_BLOCK)
+        top, total, mixed = more_keys(top, total, mixed, logit, rows.to(q.dtype))
+    if not ALL:
+        tl.store(mass + (block * heads + head) * PAGE + row, top + tl.log(total))
+    mixed *= (value_scale / total)[:, None]
+    v = tl.arange(0, VALUE_BLOCK)
+    here = (token * heads + head)[:, None] * VALUE_WIDTH + v[None, :]
+    stored = real[:, None] & (v < VALUE_WIDTH)[None, :]
+    tl.store(out + here, mixed.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _rest(
+    query,
+    mean,
+    sigma,
+    value,
+    tokens,
+    position,
+    page,
+    table,
+    chosen,
+    out,
+    estimated,  # each row's log-sum-exp over exact keys, before
+    scale,
+    cap,
+    sink,
+    window,
+    choices,  # columns of ``chosen``
+    stride,  # between the tables of two blocks
+    count,  # pages that the summaries have room for
+    PAGE: tl.constexpr,
+    MEANS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GUARD: tl.constexpr,
+    CAPS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    # the longest contexts first: blocks of a chunk are in order
+    block = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    heads = tl.num_programs(0)
+    kv_head = head // GROUP
+    row = tl.arange(0, PAGE)
+    token = tl.load(tokens + block * PAGE + row)
+    own = tl.load(page + block).to(tl.int32)
+    index = tl.arange(0, CHOICES)
+    listed = chosen + (block * (heads // GROUP) + kv_head) * choices + index
+    taken = tl.load(listed, mask=index < choices, other=-1).to(tl.int32)
+    q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
+    top = tl.full((PAGE,), float("-inf"), tl.float32)
+    total = tl.zeros((PAGE,), tl.float32)
+    mixed = tl.zeros((VALUE_BLOCK, PAGE), tl.float32)
+    for start in range(sink, own - window, TILE):
+        column = start + tl.arange(0, TILE)
+        is_taken = tl.max((column[:, None] == taken[None, :]).to(tl.int32), 1)
+        some = (column < own - window) & (is_taken == 0)
+        place = tl.load(table + block * stride + column, mask=some, other=0)
+        logit = page_logits(
+            q, mean, sigma, kv_head, place, some, count, cap,
+            PAGE, MEANS, GUARD, CAPS, WIDTH, BLOCK,
+        )  # fmt: skip
+        logit = tl.where(some[None, :], logit, float("-inf"))
+        rows = load_rows(value, kv_head * count + place, some, VALUE_WIDTH, VALUE_BLOCK)
+        better = tl.maximum(top, tl.max(logit, 1))
+        # a row that has seen nothing yet has no maximum to subtract
+        origin = tl.where(better > float("-inf"), better, 0.0)
+        kept = tl.exp(top - origin)
+        weight = tl.exp(logit - origin[:, None])
+        total = total * kept + tl.sum(weight, 1)
+        mixed *= kept[None, :]
+        weight = tl.trans(weight.to(rows.dtype))
+        mixed = tl.dot(tl.trans(rows), weight, mixed, input_precision="ieee")
+        top = better
+    at = (block * heads + head) * PAGE + row
+    real = tl.load(position + block * PAGE + row) >= 0
+    exact = tl.load(estimated + at)
+    mass = top + tl.log(total)
+    # of both, where either may be nothing
+    share = tl.sigmoid(mass - exact)
+    tl.store(estimated + at, tl.where(real, share, 0.0))
+    v = tl.arange(0, VALUE_BLOCK)
+    here = (token * heads + head)[:, None] * VALUE_WIDTH + v[None, :]
+    stored = real[:, None] & (v < VALUE_WIDTH)[None, :]
+    found = tl.load(out + here, mask=stored, other=0.0).to(tl.float32) * (1 - share)[:, None]
+    found += tl.trans(mixed * (share / tl.where(total > 0, total, 1.0))[None, :])
+    tl.store(out + here, found.to(out.dtype.element_ty), mask=stored)
