@@ -20,6 +20,8 @@ DRY = ("--interpret", "--tiny")
 attention = load_bench("gpu.attention")
 exact = load_bench("gpu.exact")
 
+pytestmark = pytest.mark.interpreter
+
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # as on a machine where nobody has set anything

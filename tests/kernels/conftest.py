@@ -9,6 +9,15 @@ import triton.experimental.gluon  # it insists on what the fixture replaces
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes its time."""
+    for item in items:
+        if "interpreted" in getattr(item, "fixturenames", ()):
+            item.add_marker("interpreter")
+
+
 # many small tensors: threads would only wait for one another
 torch.set_num_threads(1)
 

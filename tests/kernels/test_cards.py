@@ -13,6 +13,8 @@ from scripts.kernels_check import launch_blocks, launch_step, variants
 
 SHAPE = 64, 4, 0.0, torch.bfloat16
 
+pytestmark = pytest.mark.interpreter
+
 
 @triton.jit
 def add_rows(x, y, z, rows: tl.constexpr, width: tl.constexpr):
