@@ -25,7 +25,7 @@ def kernels(
     interpreted: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
     # several tiles, the last of them not full
-    monkeypatch.setattr(module, "_KEYS_A_TILE", 16)
+    monkeypatch.setattr(module, "KEYS_A_TILE", 16)
     return interpreted(module)
 
 
@@ -45,7 +45,7 @@ class Case:
         # the flat batch has other rows, too
         token = torch.tensor([3, 0, 4])
         self.steps = DecodeSteps(token, visible * PAGE_SIZE + 5, visible, self.table)
-        self.scores = Scores.of(self.steps, heads, MEANS, SparsePlan())
+        self.scores = Scores.of(self.steps, heads, MEANS)
         self.scores.page.copy_(page)
         self.scores.parts.copy_(torch.randn(self.scores.parts.shape) + page - 4.2)
         self.scores.spread.copy_(torch.rand(page.shape) + 0 * page.nan_to_num(neginf=0))
@@ -153,7 +153,7 @@ def test_a_second_look_reads_the_most_promising_sub_pages(
 
 @pytest.mark.parametrize("budget", [1, 30, 100])
 def test_blocks_choose_their_best_pages(kernels: ModuleType, monkeypatch, budget: int) -> None:
-    monkeypatch.setattr(best, "_KEYS_A_TILE", 16)
+    monkeypatch.setattr(best, "KEYS_A_TILE", 16)
     plan = SparsePlan(sink_pages=2, window_pages=3, budget_pages=budget)
     score = torch.randint(-3, 4, (4, KV_HEADS, PAGES)).float()
     score[torch.rand(score.shape) < 0.2] = NEVER

@@ -60,7 +60,7 @@ class Case:
         # the flat batch has other rows, too
         token = torch.arange(batch).flip(0) + 1
         self.steps = DecodeSteps(token, position, own, table)
-        self.scores: Scores | None = Scores.of(self.steps, heads, 4, self.plan)
+        self.scores: Scores | None = Scores.of(self.steps, heads, 4)
         self.scores.page.copy_(logits)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def steps_of(token: Tensor, page: Tensor, table: Tensor) -> DecodeSteps:
 
 def poisoned(heads: int, pages: int, means: int) -> module.Scores:
     table = torch.zeros(BATCH, pages, dtype=torch.int64)
-    out = module.Scores.of(steps_of(NOUGHT, NOUGHT, table), heads, means, SparsePlan())
+    out = module.Scores.of(steps_of(NOUGHT, NOUGHT, table), heads, means)
     for tensor in (out.page, out.parts, out.spread, out.mass):
         tensor.fill_(float("nan"))
     return out

@@ -104,13 +104,13 @@ def _attend_steps(
         if blocks.nodes is not None:
             assert nodes is not None, "these blocks search through nodes; there are none"
             found = Nodes.of(nodes, blocks.nodes.physical, heads, plan)
-        scores = weighing.Scores.of(steps, heads, summaries.mean.shape[1], plan, found)
-        held = None if choice is None else choice.pages.contiguous()
+        scores = weighing.Scores.of(steps, heads, summaries.mean.shape[1], found)
+        if choice is not None:
+            chosen = Chosen(choice.pages.contiguous(), choice.correction.flatten(1))
+        held = None if chosen is None else chosen.pages
         weighing.score(query, summaries, steps, plan, scale, scores, held)
-        if choice is None or held is None:
+        if chosen is None:
             chosen = choose(query, kv, scores, steps, plan, scale)
-        else:
-            chosen = Chosen(held, choice.correction.flatten(1))
     rest = None if plan.remainder == "none" else scores
     decode(query, kv, summaries, steps, chosen, rest, plan, scale, out, estimated)
     if chosen is None:

@@ -17,7 +17,7 @@ from hip_kernels.layout import SparsePlan
 # a key that is never taken; that of -inf is larger
 NO_KEY = tl.constexpr(-(2**31))
 _BINS = tl.constexpr(256)
-_KEYS_A_TILE = 1024
+KEYS_A_TILE = 1024
 
 
 def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
@@ -36,7 +36,7 @@ def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
     _best_pages[(blocks, kv_heads)](
         *(score, page, keys, chosen, taken, pages, plan.budget_pages),
         *(plan.sink_pages, plan.window_pages),
-        KEYS=_KEYS_A_TILE,
+        KEYS=KEYS_A_TILE,
         num_warps=4,
     )
     return chosen

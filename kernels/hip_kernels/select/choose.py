@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hip_kernels.checks import check, check_steps
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
-from hip_kernels.select.best import NO_KEY, key_of, least_taken, store_taken
+from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.select.enough import keep_enough
 from hip_kernels.select.nodes import page_of
 from hip_kernels.select.triton import GUARDS, Scores
@@ -32,7 +32,6 @@ from hip_kernels.tiles import (
 
 # sub-pages that one program reads the keys of
 SUB_PAGES_A_SPLIT = 16
-_KEYS_A_TILE = 1024
 _ENTRIES_A_TILE = 64
 
 
@@ -88,7 +87,7 @@ def choose(
         "ROWS": rows_of_group(group),
         "TOP_P": plan.top_p < 1,
         "TILE": _ENTRIES_A_TILE,
-        "KEYS": _KEYS_A_TILE,
+        "KEYS": KEYS_A_TILE,
         "num_warps": 4,
     }
     _shortlist[(batch, kv_heads)](
@@ -105,16 +104,8 @@ def choose(
     splits = triton.cdiv(listed, SUB_PAGES_A_SPLIT)
     _look[(splits, batch, kv_heads)](
         *(query, steps.token, kv.key, steps.table, list_, true, mass),
-        *(scores.page, scores.parts, scores.spread),
-        *(
-            steps.page,
-            pages_of,
-            keys,
-            taken,
-            chosen,
-            correction,
-            arrivals(query.device, batch * kv_heads),
-        ),
+        *(scores.page, scores.parts, scores.spread, steps.page, pages_of),
+        *(keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
         *(float(scale * kv.key_scale), float(plan.logit_cap), float(plan.top_p)),
         *(pages, count, listed, places, taken.shape[2], budget, *shape),
         PAGE=PAGE_SIZE,

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import NODE_PAGES, DecodeSteps, SparsePlan, Summaries
-from hip_kernels.select.best import NO_KEY, key_of, least_taken, store_taken
+from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.tiles import PAGES_A_TILE, log_add, log_sum_exp, mass_of, rows_of_group
 
-_KEYS_A_TILE = 1024
 ALWAYS = tl.constexpr(2**31 - 1)
 
 
@@ -91,7 +90,7 @@ def choose_beam(
         GROUP=group,
         ROWS=rows_of_group(group),
         TILE=PAGES_A_TILE,
-        KEYS=_KEYS_A_TILE,
+        KEYS=KEYS_A_TILE,
         num_warps=4,
     )
 

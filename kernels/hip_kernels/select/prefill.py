@@ -148,7 +148,6 @@ def _mass(
     row = tl.arange(0, PAGE)
     token = tl.load(tokens + block * PAGE + row)
     q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
-    q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
     own = tl.load(page + block).to(tl.int32)
     top = tl.full((PAGE,), float("-inf"), tl.float32)
     total = tl.zeros((PAGE,), tl.float32)

@@ -37,7 +37,6 @@ class Scores:
         steps: DecodeSteps,
         heads: int,
         means: int,
-        plan: SparsePlan,
         nodes: Nodes | None = None,
     ) -> Scores:
         def empty(*shape: int) -> Tensor:
