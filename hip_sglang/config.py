@@ -140,7 +140,7 @@ class HipConfig(BaseModel):
         default=65536,
         ge=NODE_TOKENS,
         description="tokens of the nodes whose pages a decode step weighs beyond node_threshold; "
-        f"at least one node of {NODE_TOKENS}",
+        f"at least one node of {NODE_TOKENS}, and with refresh one for each page of the budget",
     )
     refresh: Tokens = Field(
         default=1,
@@ -214,7 +214,7 @@ class HipConfig(BaseModel):
         if self.strategy == "tree" or self.decode == "dense":
             return None
         # where the beam holds every node, there is nothing to search through
-        return max(self.node_threshold, self.beam)
+        return max(self.node_threshold, self._beam_nodes * NODE_TOKENS)
 
     def layer_plan(self, layer_id: int) -> LayerPlan:
         """The settings of one layer, in pages."""
@@ -229,6 +229,12 @@ class HipConfig(BaseModel):
         )
 
     @property
+    def _beam_nodes(self) -> int:
+        nodes = self.beam // NODE_TOKENS
+        # every page of a choice that is used again may be of another node
+        return nodes if self.refresh == 1 else max(nodes, self.budget // PAGE_SIZE)
+
+    @property
     def _pages(self) -> SparsePlan:
         return SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
@@ -237,7 +243,7 @@ class HipConfig(BaseModel):
             remainder=self.remainder,
             second_look=self.second_look,
             strategy=self.strategy,
-            beam=self.beam // NODE_TOKENS,
+            beam=self._beam_nodes,
             top_p=self.top_p,
         )
 

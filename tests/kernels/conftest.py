@@ -1,12 +1,12 @@
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 import triton
 import triton.experimental.gluon  # it insists on what the fixture replaces
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 
@@ -23,7 +23,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleType]:
+def interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[ModuleType], ModuleType]]:
     """A module whose kernels run on the CPU: what TRITON_INTERPRET=1 does, for this test alone."""
 
     def interpret(module: ModuleType) -> ModuleType:
@@ -35,4 +37,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Modul
                     monkeypatch.setattr(place, name, InterpretedFunction(function.fn))
         return module
 
-    return interpret
+    # a kernel that calls another leaves the language patched, and then nothing compiles
+    patched = _patch_lang(triton.language.standard.sum.fn)
+    yield interpret
+    patched.restore()

@@ -171,6 +171,16 @@ def test_a_choice_that_is_used_again_equals_plain_loops(
     assert float((found - anew).abs().max()) > 1e-2
 
 
+def test_a_beam_that_may_not_hold_a_choice_is_refused() -> None:
+    plan = SparsePlan(1, 3, 2, "harmonic", beam=2)
+    limits = {"sparse_from": None, "sparse_decode_from": 128, "nodes_from": 1500}
+    requests = make_requests([(2900, 1)], heads=2, width=24, value_width=40)
+    query = queries(requests, 6, 24)
+    _, choice = step(requests, query, plan, **limits)
+    with pytest.raises(AssertionError, match=r"plan\.beam of 1 nodes .* 2 chosen pages"):
+        step(requests, query, replace(plan, beam=1), **limits, held=choice)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 300)), min_size=1, max_size=4),

@@ -71,6 +71,14 @@ def test_token_counts_are_rounded_up_to_pages():
     assert (pages.sink_pages, pages.window_pages, pages.budget_pages) == (1, 2, 3)
 
 
+def test_a_choice_that_is_used_again_has_room_in_the_beam():
+    little = {"budget": 2048, "beam": 1024, "node_threshold": 0}
+    assert HipConfig.load(little).layer_plan(0).pages.beam == 2
+    held = HipConfig.load({**little, "refresh": 2})
+    assert held.layer_plan(0).pages.beam == held.layer_plan(0).pages.budget_pages == 32
+    assert held.nodes_from == 32 * 512
+
+
 def test_the_share_read_counts_summaries_and_the_second_look():
     plan = HipConfig.load(None).layer_plan(0)
     # 50 pages of keys and values, 64 of keys; 4 means, 1 deviation and 1 value of 1023 pages

@@ -32,7 +32,7 @@ HIP = {
     "refresh": 3,
 }
 SPARSE = ("--hip-config", json.dumps(HIP), "--enable-metrics")
-LENGTHS = (200, 1130, 1345, 2047, 2048, 2500)
+LENGTHS = (200, 1130, 1345, 2047, 2048, 2500, 2680)
 NEW = 24  # on the way some complete a page
 # log-probabilities: other shapes add in another order
 TOLERANCE = 2e-4

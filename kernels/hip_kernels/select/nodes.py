@@ -17,6 +17,7 @@ from torch import Tensor
 from hip_kernels.checks import check, check_summaries
 from hip_kernels.layout import NODE_PAGES, DecodeSteps, SparsePlan, Summaries
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
+from hip_kernels.select.weigh import check_beam
 from hip_kernels.tiles import PAGES_A_TILE, log_add, log_sum_exp, mass_of, rows_of_group
 
 ALWAYS = tl.constexpr(2**31 - 1)
@@ -81,6 +82,8 @@ def choose_beam(
     keys = torch.empty(batch, kv_heads, count, dtype=torch.int32, device=mass.device)
     taken = torch.empty(batch, kv_heads, beam, dtype=torch.int32, device=mass.device)
     group = heads // kv_heads
+    if held is not None:
+        check_beam(plan, held)
     _beam[(batch, kv_heads)](
         *(nodes.logit, nodes.pages, chosen, steps.page, chosen if held is None else held),
         *(mass, keys, taken, count, beam, 0 if held is None else held.shape[2]),

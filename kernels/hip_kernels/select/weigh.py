@@ -161,6 +161,7 @@ def weigh_nodes(
 
     score = (logit - mass).amax(2)  # [Hkv, N, J]
     if chosen is not None:
+        check_beam(plan, chosen)
         wanted = chosen // NODE_PAGES
         inside = (wanted >= first) & (wanted < end)
         wanted = lookup(local.table, wanted.where(inside, -1))
@@ -177,6 +178,12 @@ def weigh_nodes(
         torch.cat([edge.value, beam.value], 2),
         Nodes(logit, near.value[:, None]),
     )
+
+
+def check_beam(plan: SparsePlan, chosen: Tensor) -> None:
+    """Assert that the nodes of pages ``chosen`` [..., K] have room in the beam."""
+    count = chosen.shape[-1]
+    assert plan.beam >= count, f"plan.beam of {plan.beam} nodes may not hold {count} chosen pages"
 
 
 def _some_pages(
