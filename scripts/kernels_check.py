@@ -66,7 +66,9 @@ def variants(card: Card) -> Iterator[Variant]:
         if width == fused.WIDEST_OF_BLOCKS:
             yield f"prompt {width}, capped", capped
         yield f"decode {width}, top_p", partial(launch_step, width, 8, 0.0, STORED[0])
-        yield f"decode {width}, nodes", partial(launch_step, width, 8, 0.0, STORED[0], nodes=True)
+        for group in (8, 32):
+            step = partial(launch_step, width, group, 0.0, STORED[0])
+            yield f"decode {width}, group of {group}, nodes", partial(step, nodes=True)
 
 
 def of(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
-from hip_kernels.select import triton as weighing
+from hip_kernels.select.scores import Scores
 from hip_kernels.select.weigh import page_logits
 from hip_kernels.summarize import reference as summarizing
 from hip_kernels.summarize import triton as summaries_by_kernel
@@ -131,8 +131,8 @@ def _scores(case: Case) -> Iterator[Check]:
     layer, host = case.layers[0], case.on_host().layers[0]
     (blocks,) = case.blocks(True)
     stages = stages_of(lambda: _attend(case, layer, blocks, torch.empty_like(layer.out)))
-    stage = next(stage for stage in stages if stage.name == "score")
-    out = next(each for each in stage.given if isinstance(each, weighing.Scores))
+    stage = next(stage for stage in stages if stage.name == "weigh")
+    out = next(each for each in stage.given if isinstance(each, Scores))
     for tensor in (out.page, out.parts, out.spread):
         tensor.fill_(math.nan)
     stage()
@@ -146,8 +146,8 @@ def _scores(case: Case) -> Iterator[Check]:
         parts = out.parts[:, number, :, :count].cpu().reshape(expected.parts.shape)
         errors += [difference(found, expected.page), difference(parts, expected.parts)]
         beyond = out.page[number, :, count:]
-        errors.append(0.0 if bool((beyond == -math.inf).all()) else math.inf)
-    yield Check("score", _shape(case), max(errors), _limit(case))
+        errors.append(0.0 if bool(beyond.isnan().all()) else math.inf)
+    yield Check("weigh", _shape(case), max(errors), _limit(case))
 
 
 def _attention(case: Case) -> Iterator[Check]:

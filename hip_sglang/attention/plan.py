@@ -94,12 +94,13 @@ class ForwardPlan:
         first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
         page_table = first_slots.long() // PAGE_SIZE
         completed = completed_pages(prefix_lens, seq_lens, page_table)
-        rows = batch.req_pool_indices
+        rows = batch.req_pool_indices.long()
         nodes, reuses = None, None
         if directory is not None and config.nodes_from is not None:
             nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table, completed)
-        if cache is not None and names:
-            reuses = cache.step(rows.tolist(), names, decodes.tolist(), seq_lens, config.start)
+        if cache is not None:
+            lengths = torch.tensor(seq_lens, device=rows.device)
+            reuses = cache.step(rows, decodes.to(rows.device), lengths, config.start).cpu()
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,

@@ -2,60 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from hip_kernels.layout import PAGE_SIZE, Choice
 from torch import Tensor
 from torch.nn.functional import pad
+
+# no position of a request, nor the one before its first
+_NONE = -2
 
 
 class SelectionCache:
     """The choices of running requests, by SGLang's request row and by layer.
 
     A step chooses anew when its length divides by ``refresh``, and when the step before it in the
-    same row was not of the same request, at the position before, and sparse: so after a prompt, a
-    retraction, an abort or another owner of the row. It follows from the request alone, never from
-    who else is in the batch. What is kept are positions within the request: SGLang may move its
-    pages.
+    same row was not at the position before, and sparse: so after a prompt, and every new owner of
+    a row brings one, as a retraction does. It follows from the request alone, never from who else
+    is in the batch. What is kept are positions within the request: SGLang may move its pages.
+    Nothing here asks a tensor for a number, so a CUDA graph can hold a step.
     """
 
-    def __init__(self, rows: int, budget_pages: int, refresh: int) -> None:
+    def __init__(
+        self, rows: int, budget_pages: int, refresh: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.refresh = refresh
         self.budget_pages = budget_pages
-        self._owner: list[tuple[str, int] | None] = [None] * rows  # and the position of its step
-        self._pages: dict[int, Tensor] = {}  # by layer: [rows, Hkv, budget]
-        self._correction: dict[int, Tensor] = {}  # by layer: [rows, Hkv, G]
+        # the position of the sparse decode step that each row saw last; one more for padding
+        self._last = torch.full((rows + 1,), _NONE, device=device)
+        self._choices: dict[int, Choice] = {}
 
-    def step(
-        self,
-        rows: Sequence[int],
-        request_ids: Sequence[str],
-        decodes: Sequence[bool],
-        seq_lens: Sequence[int],
-        sparse_from: int,
-    ) -> Tensor:
+    def step(self, rows: Tensor, decodes: Tensor, seq_lens: Tensor, sparse_from: int) -> Tensor:
         """Which requests [B] of a forward pass use again what they chose; call it once a pass.
 
-        ``sparse_from``: decode steps in pages from this position on are sparse.
+        Request rows, which of them are decode steps, and their lengths, [B]. ``sparse_from``:
+        decode steps in pages from this position on are sparse.
         """
-        again = []
-        for row, name, decode, length in zip(rows, request_ids, decodes, seq_lens, strict=True):
-            held = self._owner[row] == (name, length - 2)
-            again.append(decode and held and length % self.refresh != 0)
-            sparse = (length - 1) // PAGE_SIZE * PAGE_SIZE >= sparse_from
-            self._owner[row] = (name, length - 1) if decode and sparse else None
-        return torch.tensor(again, dtype=torch.bool)
+        position = seq_lens - 1
+        held = self._last[rows] == position - 1
+        sparse = decodes & (position // PAGE_SIZE * PAGE_SIZE >= sparse_from)
+        # padding is one token long, and names a row that may be another's
+        row = rows.where(position > 0, len(self._last) - 1)
+        self._last[row] = position.where(sparse, _NONE)
+        return decodes & held & (seq_lens % self.refresh != 0)
+
+    def all_rows(self, layer_id: int, kv_heads: int, group: int) -> Choice:
+        """What stands in every row, for kernels that read and write their own."""
+        if layer_id not in self._choices:
+            rows, device = len(self._last) - 1, self._last.device
+            pages = torch.full((rows, kv_heads, self.budget_pages), -1, device=device)
+            self._choices[layer_id] = Choice(
+                pages, torch.zeros(rows, kv_heads, group, device=device)
+            )
+        return self._choices[layer_id]
 
     def keep(self, layer_id: int, rows: Tensor, choice: Choice) -> None:
         """Of requests in rows [N]."""
+        held = self.all_rows(layer_id, *choice.correction.shape[1:])
         # a batch of short contexts has no more places than pages
-        pages = pad(choice.pages, (0, self.budget_pages - choice.pages.shape[-1]), value=-1)
-        for held, found in ((self._pages, pages), (self._correction, choice.correction)):
-            if layer_id not in held:
-                held[layer_id] = found.new_zeros(len(self._owner), *found.shape[1:])
-            held[layer_id][rows] = found
+        spare = self.budget_pages - choice.pages.shape[-1]
+        held.pages[rows] = pad(choice.pages, (0, spare), value=-1)
+        held.correction[rows] = choice.correction
 
     def get(self, layer_id: int, rows: Tensor) -> Choice:
         """What requests in rows [N] chose."""
-        return Choice(self._pages[layer_id][rows], self._correction[layer_id][rows])
+        held = self._choices[layer_id]
+        return Choice(held.pages[rows], held.correction[rows])

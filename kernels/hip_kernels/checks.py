@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, Summaries
+from hip_kernels.layout import PAGE_SIZE, Choice, Summaries
+from hip_kernels.steps import DecodeSteps
 
 
 def check(
@@ -30,7 +31,17 @@ def check_summaries(name: str, of: Summaries, heads: int) -> None:
 
 
 def check_steps(name: str, of: DecodeSteps) -> None:
-    """Assert that the four tensors belong together."""
-    for field in ("token", "position", "page"):
+    """Assert that the tensors belong together."""
+    for field in ("token", "position", "page", "row"):
         check(f"{name}.{field}", getattr(of, field), (len(of),), torch.int64)
+    check(f"{name}.reuses", of.reuses, (len(of),), torch.int32)
     check(f"{name}.table", of.table, (len(of), None), torch.int64)
+    if of.nodes is not None:
+        check(f"{name}.nodes", of.nodes, (len(of), None), torch.int64)
+
+
+def check_choice(name: str, of: Choice, kv_heads: int, heads: int) -> None:
+    """Assert that both tensors are of these heads."""
+    rows, group = len(of.pages), heads // kv_heads
+    check(f"{name}.pages", of.pages, (rows, kv_heads, None), torch.int64)
+    check(f"{name}.correction", of.correction, (rows, kv_heads, group), torch.float32)

@@ -22,6 +22,8 @@ FEW_ROWS = 16
 
 Strategy = Literal["summary", "tree"]
 Remainder = Literal["harmonic", "log_cosh", "log_i0", "quadratic", "mean", "none"]
+# those that kernels have, by their number there: no guard, Q, and Q L / (Q + L)
+GUARDS = {"none": 0, "mean": 0, "quadratic": 1, "harmonic": 2}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class SparsePlan:
         fixed = (sink.where(sink < own, -1), window)
         first, last = (pages[:, None].expand(-1, chosen.shape[1], -1) for pages in fixed)
         return torch.cat([first, chosen, last], -1)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels prune so; elsewise only the reference does."""
+        return self.strategy == "summary" and self.remainder in GUARDS
 
     @property
     def reads_summaries(self) -> bool:
@@ -304,29 +311,20 @@ class QueryBlocks:
 
 
 @dataclass(frozen=True)
-class DecodeSteps:
-    """Query blocks of one row, as kernels go through them."""
-
-    token: Tensor  # [B] index of each in the flat batch
-    position: Tensor  # [B] its place in its request
-    page: Tensor  # [B] the logical page that holds it; those before it are complete
-    table: Tensor  # [B, P] physical pages in logical order
-
-    def __len__(self) -> int:
-        return len(self.token)
-
-    @classmethod
-    def of(cls, blocks: QueryBlocks) -> DecodeSteps:
-        table = blocks.table.expand(len(blocks), -1).contiguous()
-        return cls(blocks.tokens.squeeze(1), blocks.position.squeeze(1), blocks.page, table)
-
-
-@dataclass(frozen=True)
 class Choice:
     """What a step found, and a later step of the same requests may use again."""
 
     pages: Tensor  # [N, Hkv, K] the chosen logical pages, in order; -1 is padding
     correction: Tensor  # [N, Hkv, M] to be added to the logits of estimated pages
+
+    @classmethod
+    def empty(
+        cls, rows: int, kv_heads: int, group: int, plan: SparsePlan, device: torch.device | str
+    ) -> Choice:
+        """Room for the choices of decode steps in rows that are theirs."""
+        pages = torch.empty(rows, kv_heads, plan.budget_pages, dtype=torch.int64, device=device)
+        correction = torch.empty(rows, kv_heads, group, dtype=torch.float32, device=device)
+        return cls(pages, correction)
 
     def split(self, blocks: int) -> Iterator[Choice]:
         """The choices of waves of blocks (``QueryBlocks.split``)."""

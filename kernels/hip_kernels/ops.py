@@ -9,8 +9,9 @@ from torch import Tensor
 from hip_kernels.attend import reference as attending
 from hip_kernels.blocks import plan_blocks
 from hip_kernels.layout import Choice, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
+from hip_kernels.steps import DecodeSteps
 
-__all__ = ["attend", "plan_blocks", "pool", "summarize"]
+__all__ = ["attend", "attend_steps", "plan_blocks", "pool", "summarize"]
 
 
 def attend(
@@ -36,6 +37,30 @@ def attend(
         if fused.serves(blocks, plan, query.shape[2]):
             return fused.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
     return attending.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
+
+
+def attend_steps(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    steps: DecodeSteps,
+    choice: Choice,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+    estimated: Tensor,
+    nodes: Summaries | None = None,
+) -> None:
+    """Attend decode steps of every kind in the same launches, where ``plan.has_kernels``.
+
+    query [T, Hq, D]; out [T, Hq, Dv]. A step that prunes attends to what stands in its row of
+    ``choice`` [R, ...]; one that does not reuse that chooses it anew. ``nodes`` are the summaries
+    that ``steps.nodes`` leads to; ``estimated`` [B, Hq] becomes the share of each row's softmax
+    that went to estimated pages. Nothing waits for the GPU.
+    """
+    from hip_kernels.attend import fused
+
+    fused.attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
 
 
 def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 # a matrix product on tensor cores has at least so many rows
 LEAST_ROWS = 16
 PAGES_A_TILE = 64
+# chosen or listed pages
+ENTRIES_A_TILE = 64
 
 
 def rows_of_group(group: int) -> int:

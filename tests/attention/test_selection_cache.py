@@ -16,13 +16,19 @@ def cache():
     return SelectionCache(ROWS, 8, REFRESH)
 
 
-def steps(cache, name, lengths, row=0):
-    """Decode steps of one request: which use again what was chosen."""
-    return [bool(cache.step([row], [name], [True], [n], START)[0]) for n in lengths]
+def once(cache, length, row=0, decode=True):
+    """A pass of one request: whether it uses again what was chosen."""
+    given = torch.tensor([row]), torch.tensor([decode]), torch.tensor([length])
+    return bool(cache.step(*given, START)[0])
+
+
+def steps(cache, lengths, row=0):
+    """Decode steps of one request."""
+    return [once(cache, length, row) for length in lengths]
 
 
 def test_it_chooses_first_and_then_by_length_alone(cache):
-    assert steps(cache, "a", range(1001, 1011)) == [False, True, True, False] + [True] * 3 + [
+    assert steps(cache, range(1001, 1011)) == [False, True, True, False] + [True] * 3 + [
         False,
         True,
         True,
@@ -31,26 +37,33 @@ def test_it_chooses_first_and_then_by_length_alone(cache):
 
 def test_a_step_that_is_not_sparse_leaves_nothing(cache):
     # the page from 256 on is the first that is sparse: its first step has nothing to use again
-    assert steps(cache, "a", range(254, 262)) == [False] * 4 + [True, True, False, True]
+    assert steps(cache, range(254, 262)) == [False] * 4 + [True, True, False, True]
 
 
 def test_another_owner_of_the_row_chooses_anew(cache):
-    steps(cache, "a", [1001])
-    assert steps(cache, "b", [1002]) == [False]
-    assert steps(cache, "a", [1003]) == [False]
+    steps(cache, [1001])
+    # its prompt, or the last token of one that was cached but for it
+    for prompt in (1001, 1002):
+        assert not once(cache, prompt, decode=False)
+        assert steps(cache, [prompt + 1, prompt + 2]) == [False, (prompt + 2) % REFRESH != 0]
 
 
-def test_a_prompt_and_a_gap_choose_anew(cache):
-    steps(cache, "a", [1001])
-    assert steps(cache, "a", [1003]) == [False]
-    # the last token of a prompt that was cached but for it
-    assert not bool(cache.step([0], ["a"], [False], [1004], START)[0])
-    assert steps(cache, "a", [1005, 1006]) == [False, True]
+def test_a_gap_chooses_anew(cache):
+    steps(cache, [1001])
+    assert steps(cache, [1003]) == [False]
 
 
-def test_a_request_moves_to_another_row(cache):
-    steps(cache, "a", [1001], row=0)
-    assert steps(cache, "a", [1002], row=1) == [False]
+def test_rows_do_not_know_of_each_other(cache):
+    steps(cache, [1001], row=0)
+    assert steps(cache, [1002], row=1) == [False]
+    assert steps(cache, [1002], row=0) == [True]
+
+
+def test_padding_changes_no_row(cache):
+    steps(cache, [1001])
+    rows, lengths = torch.tensor([0, 0, 0]), torch.tensor([1002, 1, 1])
+    assert bool(cache.step(rows, torch.ones(3).bool(), lengths, START)[0])
+    assert steps(cache, [1003]) == [True]
 
 
 def test_what_is_kept_is_found_by_row_and_layer(cache):
@@ -71,11 +84,13 @@ def test_no_schedule_makes_it_stale(cache, seed):
     """
     chance = random.Random(seed)
     running: dict[int, list] = {}  # row -> [name, length, length of its last own choice]
+    new: set[int] = set()  # what has not been a prompt yet
     reused = 0
     for turn in range(400):
         for row in range(ROWS):
             if row not in running and chance.random() < 0.3:
                 running[row] = [f"{turn}-{row}", chance.randint(200, 400), None]
+                new.add(row)
             elif row in running and chance.random() < 0.05:
                 del running[row]
         batch = [row for row in running if chance.random() < 0.9]
@@ -84,11 +99,16 @@ def test_no_schedule_makes_it_stale(cache, seed):
         for row in batch:
             request = running[row]
             more = 1 if chance.random() < 0.95 else chance.randint(1, 70)
-            decodes.append(more == 1 and chance.random() < 0.98)
+            decodes.append(more == 1 and chance.random() < 0.98 and row not in new)
+            new.discard(row)
             request[1] += more
             lengths.append(request[1])
-        names = [running[row][0] for row in batch]
-        again = cache.step(batch, names, decodes, lengths, START)
+        given = (
+            torch.tensor(batch).long(),
+            torch.tensor(decodes).bool(),
+            torch.tensor(lengths).long(),
+        )
+        again = cache.step(*given, START)
         for row, decode, length, reuses in zip(batch, decodes, lengths, again, strict=True):
             request = running[row]
             if not decode or (length - 1) // 64 * 64 < START:

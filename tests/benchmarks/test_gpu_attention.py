@@ -42,7 +42,7 @@ def test_a_dry_run_checks_every_kernel_and_writes_every_kind_of_row(tmp_path: Pa
     done = python(SCRIPT, *DRY, "--out", str(tmp_path), HIP_SGLANG_SHA="abc1234")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for kernel in ("summarize", "pool", "score", "choose (decode)", "attend (decode)"):
+    for kernel in ("summarize", "pool", "weigh", "choose (decode)", "attend (decode)"):
         assert f"{kernel} is right at tiny" in done.stdout
 
     (path,) = tmp_path.glob("*.csv")

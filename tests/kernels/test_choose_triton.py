@@ -8,10 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan, Summaries
 from hip_kernels.select import best
-from hip_kernels.select import choose as module
-from hip_kernels.select.triton import Scores
+from hip_kernels.select import choose as looking
+from hip_kernels.select import triton as weighing
+from hip_kernels.select.scores import Scores
+from hip_kernels.steps import DecodeSteps
 from torch import Tensor
 
 NEVER = float("-inf")
@@ -23,51 +25,79 @@ VISIBLE = (71, 3, 40)
 @pytest.fixture
 def kernels(
     interpreted: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> ModuleType:
-    # several tiles, the last of them not full
-    monkeypatch.setattr(module, "KEYS_A_TILE", 16)
-    return interpreted(module)
+) -> None:
+    # several tiles, the last of them not full, and more than one program to go through them
+    for module in (weighing, looking):
+        monkeypatch.setattr(module, "KEYS_A_TILE", 16)
+    monkeypatch.setattr(weighing, "PROGRAMS", 2 * BATCH * KV_HEADS)
+    interpreted(weighing)
 
 
 class Case:
-    """Weights of few values, so that many are equal, and of none; what is not seen is poison."""
+    """Logits of few values, so that many are equal, and hardly any; what is not seen is poison."""
 
-    def __init__(self, group: int, seed: int = 0) -> None:
+    def __init__(self, group: int, *, parts_differ: bool = False, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        heads = KV_HEADS * group
+        self.group, heads = group, KV_HEADS * group
         nan = float("nan")
-        page = torch.randint(-3, 4, (BATCH, heads, PAGES)).float()
-        page[torch.rand(page.shape) < 0.2] = NEVER
-        for request, visible in enumerate(VISIBLE):
-            page[request, :, visible:] = nan
+        self.summaries = Summaries.empty(PAGES, KV_HEADS, WIDTH, WIDTH, means=MEANS)
+        # a head asks for a channel of its own
+        logit = torch.randint(-3, 4, (KV_HEADS, MEANS, PAGES, WIDTH)).float()
+        if parts_differ:
+            self.summaries.mean.copy_(logit + torch.randn(logit.shape))
+            self.summaries.sigma.uniform_()
+        else:
+            logit[:, :, torch.rand(PAGES) < 0.2] = -1e30
+            self.summaries.mean[:] = logit[:, :1]
+        self.query = torch.eye(WIDTH)[:group].repeat(BATCH, KV_HEADS, 1)
         visible = torch.tensor(VISIBLE)
         self.table = torch.stack([torch.randperm(PAGES) for _ in range(BATCH)])
-        # the flat batch has other rows, too
-        token = torch.tensor([3, 0, 4])
-        self.steps = DecodeSteps(token, visible * PAGE_SIZE + 5, visible, self.table)
-        self.scores = Scores.of(self.steps, heads, MEANS)
-        self.scores.page.copy_(page)
-        self.scores.parts.copy_(torch.randn(self.scores.parts.shape) + page - 4.2)
-        self.scores.spread.copy_(torch.rand(page.shape) + 0 * page.nan_to_num(neginf=0))
-        self.scores.mass.fill_(NEVER)
-        seen = page.nan_to_num(nan=NEVER)
-        # all of it in one tile's
-        self.scores.mass[..., 1] = seen.logsumexp(-1)
+        for request, count in enumerate(VISIBLE):
+            self.table[request, count + 1 :] = 1 << 30
+        self.steps = DecodeSteps(
+            # the flat batch has other rows, too, and so has what is kept
+            token=torch.tensor([3, 0, 4]),
+            position=visible * PAGE_SIZE + 5,
+            page=visible,
+            table=self.table,
+            row=torch.tensor([1, 4, 0]),
+            reuses=torch.zeros(BATCH, dtype=torch.int32),
+        )
         rows = torch.randn(PAGES * PAGE_SIZE, KV_HEADS, WIDTH)
         self.kv = PagedKV(rows, rows, key_scale=0.5)
         self.flat = torch.full((5, heads, WIDTH), nan)
-        self.query = torch.randn(BATCH, heads, WIDTH)
-        self.flat[token] = self.query
+        self.flat[self.steps.token] = self.query
+        self.scores: Scores | None = None
 
-    def choose(self, kernels: ModuleType, plan: SparsePlan) -> module.Chosen:
-        given = self.flat, self.kv, self.scores, self.steps, plan, 0.2
-        found: module.Chosen = kernels.choose(*given)
-        return found
+    def choose(self, plan: SparsePlan) -> Choice:
+        """What stands in the rows of all requests afterwards."""
+        heads = KV_HEADS * self.group
+        kept = Choice.empty(5, KV_HEADS, self.group, plan, "cpu")
+        kept.pages.fill_(-7)
+        kept.correction.fill_(7)
+        scores = Scores.of(self.steps, heads, KV_HEADS, MEANS, plan)
+        for tensor in (scores.page, scores.parts, scores.spread, scores.mass, scores.total):
+            tensor.fill_(float("nan"))
+        scratch = looking.Shortlist.of(scores, KV_HEADS, plan)
+        given = self.flat, self.summaries, None, self.steps, kept, plan, 1.0, scores, scratch
+        weighing.weigh(*given)
+        if plan.second_look:
+            given = self.flat, self.kv, scores, scratch, self.steps, kept, plan, 0.2
+            looking.look(*given)
+        self.scores = scores
+        for row in (2, 3):
+            assert (kept.pages[row] == -7).all()
+        return Choice(kept.pages[self.steps.row], kept.correction[self.steps.row])
+
+    @property
+    def page(self) -> Tensor:
+        """What each page was weighed to be, [B, Hq, P]."""
+        assert self.scores is not None
+        return self.scores.page.nan_to_num(nan=NEVER)
 
     def shares(self) -> Tensor:
         """[B, Hkv, G, P]"""
-        page = self.scores.page.nan_to_num(nan=NEVER)
-        share = page - page.logsumexp(-1, keepdim=True)
+        share = self.page - self.page.logsumexp(-1, keepdim=True)
         return share.view(BATCH, KV_HEADS, -1, PAGES)
 
 
@@ -79,12 +109,10 @@ def first_of_best(score: Tensor, visible: int, plan: SparsePlan) -> list[int]:
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("budget", [1, 17, 200])
-def test_the_first_of_the_best_are_chosen_in_order(
-    kernels: ModuleType, group: int, budget: int
-) -> None:
-    plan = SparsePlan(sink_pages=1, window_pages=2, budget_pages=budget)
+def test_the_first_of_the_best_are_chosen_in_order(kernels: None, group: int, budget: int) -> None:
+    plan = SparsePlan(1, 2, budget, "mean")
     case = Case(group)
-    found = case.choose(kernels, plan)
+    found = case.choose(plan)
     share = case.shares().amax(2)
     for request, visible in enumerate(VISIBLE):
         for head in range(KV_HEADS):
@@ -94,10 +122,10 @@ def test_the_first_of_the_best_are_chosen_in_order(
     assert not found.correction.any()
 
 
-def test_a_share_of_the_mass_bounds_what_is_chosen(kernels: ModuleType) -> None:
-    plan = SparsePlan(sink_pages=2, window_pages=1, budget_pages=70, top_p=0.7)
+def test_a_share_of_the_mass_bounds_what_is_chosen(kernels: None) -> None:
+    plan = SparsePlan(2, 1, 70, "mean", top_p=0.7)
     case = Case(3)
-    found = case.choose(kernels, plan)
+    found = case.choose(plan)
     counts = []
     for request, visible in enumerate(VISIBLE):
         for head in range(KV_HEADS):
@@ -117,15 +145,14 @@ def test_a_share_of_the_mass_bounds_what_is_chosen(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("remainder", ["harmonic", "mean"])
-def test_a_second_look_reads_the_most_promising_sub_pages(
-    kernels: ModuleType, remainder: str
-) -> None:
+def test_a_second_look_reads_the_most_promising_sub_pages(kernels: None, remainder: str) -> None:
     plan = SparsePlan(1, 2, 5, remainder, second_look=2)
-    case = Case(3)
-    found = case.choose(kernels, plan)
+    case = Case(3, parts_differ=True)
+    found = case.choose(plan)
+    assert case.scores is not None
     tokens = PAGE_SIZE // MEANS
     spread = case.scores.spread if remainder == "harmonic" else torch.zeros(())
-    mass = case.scores.page.nan_to_num(nan=NEVER).logsumexp(-1, keepdim=True)
+    mass = case.page.logsumexp(-1, keepdim=True)
     promise = (case.scores.parts + spread - mass).view(MEANS, BATCH, KV_HEADS, 3, PAGES)
     estimate = case.scores.parts + spread + torch.tensor(float(tokens)).log()
     for request, visible in enumerate(VISIBLE):
@@ -148,11 +175,11 @@ def test_a_second_look_reads_the_most_promising_sub_pages(
             expected = sorted(total, key=lambda page: -float(total[page].max()))[:5]
             chosen = [page for page in found.pages[request, head].tolist() if page >= 0]
             assert chosen == sorted(expected)
-            torch.testing.assert_close(found.correction[request, rows], wrong.clamp(max=0))
+            torch.testing.assert_close(found.correction[request, head], wrong.clamp(max=0))
 
 
 @pytest.mark.parametrize("budget", [1, 30, 100])
-def test_blocks_choose_their_best_pages(kernels: ModuleType, monkeypatch, budget: int) -> None:
+def test_blocks_choose_their_best_pages(kernels: None, monkeypatch, budget: int) -> None:
     monkeypatch.setattr(best, "KEYS_A_TILE", 16)
     plan = SparsePlan(sink_pages=2, window_pages=3, budget_pages=budget)
     score = torch.randint(-3, 4, (4, KV_HEADS, PAGES)).float()
@@ -166,23 +193,38 @@ def test_blocks_choose_their_best_pages(kernels: ModuleType, monkeypatch, budget
             assert found[block, head].tolist() == expected + padding
 
 
-def test_the_same_numbers_give_the_same_choice(kernels: ModuleType) -> None:
+def test_the_same_numbers_give_the_same_choice(kernels: None) -> None:
     plan = SparsePlan(1, 2, 9, second_look=1, top_p=0.9)
-    found = [Case(2).choose(kernels, plan) for _ in range(2)]
+    found = [Case(2, parts_differ=True).choose(plan) for _ in range(2)]
     assert torch.equal(found[0].pages, found[1].pages)
     assert torch.equal(found[0].correction, found[1].correction)
 
 
-@pytest.mark.parametrize("name", ["token", "position", "page", "table"])
+@pytest.mark.parametrize("second_look", [0, 1])
+def test_what_is_used_again_or_dense_is_left_alone(kernels: None, second_look: int) -> None:
+    plan = SparsePlan(1, 2, 9, second_look=second_look)
+    case = Case(2, parts_differ=True)
+    before = case.choose(plan)
+    reuses = torch.tensor([1, 0, 0], dtype=torch.int32)
+    case.steps = replace(case.steps, reuses=reuses, sparse_from=4)
+    found = case.choose(plan)
+    for request in (0, 1):
+        assert (found.pages[request] == -7).all()
+        assert (found.correction[request] == 7).all()
+    assert torch.equal(found.pages[2], before.pages[2])
+    assert torch.equal(found.correction[2], before.correction[2])
+
+
+@pytest.mark.parametrize("name", ["token", "position", "page", "table", "row", "reuses"])
 def test_a_wrong_tensor_of_the_steps_is_named(name: str) -> None:
     case = Case(1)
     case.steps = replace(case.steps, **{name: getattr(case.steps, name).double()})
     with pytest.raises(AssertionError, match=rf"^steps\.{name} "):
-        case.choose(module, SparsePlan())
+        case.choose(SparsePlan())
 
 
 def test_a_wrong_query_is_named() -> None:
     case = Case(1)
     case.flat = case.flat[..., 1:]
     with pytest.raises(AssertionError, match=r"^query "):
-        case.choose(module, SparsePlan())
+        case.choose(SparsePlan())

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.attend import triton as module
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan, Summaries
-from hip_kernels.select.choose import Chosen
-from hip_kernels.select.triton import Scores
+from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.scores import Scores
+from hip_kernels.steps import NO_PAGE, DecodeSteps
 from torch import Tensor
 
 NEVER = float("-inf")
@@ -56,11 +56,12 @@ class Case:
                 kept = torch.tensor(range(1 + head % 2, page - 2, 2), dtype=torch.int64)
                 # padding need not be last
                 chosen[request, head, most - len(kept) :] = kept
-        self.chosen: Chosen | None = Chosen(chosen, -torch.rand(batch, heads))
+        self.chosen: Choice | None = Choice(chosen, -torch.rand(batch, kv_heads, self.group))
         # the flat batch has other rows, too
         token = torch.arange(batch).flip(0) + 1
-        self.steps = DecodeSteps(token, position, own, table)
-        self.scores: Scores | None = Scores.of(self.steps, heads, 4)
+        reuses = torch.zeros(batch, dtype=torch.int32)
+        self.steps = DecodeSteps(token, position, own, table, torch.arange(batch), reuses)
+        self.scores: Scores | None = Scores.of(self.steps, heads, kv_heads, 4, self.plan)
         self.scores.page.copy_(logits)
 
     def run(self, kernels: ModuleType, cap: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,8 @@ class Case:
         out = torch.full((batch + 2, heads, self.kv.value.shape[2]), float("nan")).to(query.dtype)
         estimated = torch.full((batch, heads), float("nan"))
         plan = replace(self.plan, logit_cap=cap)
-        given = query, self.kv, self.summaries, self.steps, self.chosen, self.scores
+        steps = self.steps if self.chosen else replace(self.steps, sparse_from=NO_PAGE)
+        given = query, self.kv, self.summaries, None, steps, self.chosen, self.scores
         kernels.decode(*given, plan, 0.1, out, estimated)
         assert out.isnan().all(-1).sum() == 2 * heads
         return out[self.steps.token], estimated
@@ -105,7 +107,7 @@ class Case:
             assert self.chosen is not None
             assert self.scores is not None
             logit = self.scores.page[request, head, page]
-            logit = logit + self.chosen.correction[request, head]
+            logit = logit + self.chosen.correction[request].flatten()[head]
             logits.append(logit.double()[None])
             place = int(self.steps.table[request, page])
             values.append(self.summaries.value[group, place][None].double())
@@ -166,7 +168,7 @@ def test_logits_far_apart_do_not_overflow(kernels: ModuleType) -> None:
     [
         ("query", {"query": torch.empty(2, 4, 80)}),
         ("kv.value", {"kv": PagedKV(torch.empty(640, 3, 80), torch.empty(64, 3, 80))}),
-        ("scores are", {"scores": Case(*SHAPES[0]).scores}),
+        ("scores.page", {"scores": Case(*SHAPES[0]).scores}),
         ("out", {"out": torch.empty(2, 3, 64)}),
         ("estimated", {"estimated": torch.empty(2, 3, dtype=HALF)}),
     ],
@@ -176,7 +178,7 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
         module.decode(**(arguments(Case(*SHAPES[1])) | change))
 
 
-@pytest.mark.parametrize("name", ["token", "position", "page", "table"])
+@pytest.mark.parametrize("name", ["token", "position", "page", "table", "row", "reuses"])
 def test_a_wrong_tensor_of_the_steps_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
     steps = replace(case.steps, **{name: getattr(case.steps, name).double()})
@@ -189,8 +191,8 @@ def test_a_wrong_tensor_of_the_choice_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
     assert case.chosen is not None
     chosen = replace(case.chosen, **{name: getattr(case.chosen, name).double()})
-    with pytest.raises(AssertionError, match=rf"^chosen\.{name} "):
-        module.decode(**(arguments(case) | {"chosen": chosen}))
+    with pytest.raises(AssertionError, match=rf"^choice\.{name} "):
+        module.decode(**(arguments(case) | {"choice": chosen}))
 
 
 def arguments(case: Case) -> dict[str, object]:
@@ -198,8 +200,9 @@ def arguments(case: Case) -> dict[str, object]:
         "query": case.query,
         "kv": case.kv,
         "summaries": case.summaries,
+        "nodes": None,
         "steps": case.steps,
-        "chosen": case.chosen,
+        "choice": case.chosen,
         "scores": case.scores,
         "plan": case.plan,
         "scale": 1.0,

@@ -1,7 +1,7 @@
 """Attention by kernels: weigh, choose, attend.
 
 The same as ``reference.attend`` for the blocks that it serves; nothing waits for the GPU. A decode
-step is four launches, six where it searches through nodes.
+step is three launches, four where it searches through nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from hip_kernels.attend.triton import decode
 from hip_kernels.layout import (
     PAGE_SIZE,
     Choice,
-    DecodeSteps,
     PagedKV,
     QueryBlocks,
     Selection,
@@ -22,10 +21,11 @@ from hip_kernels.layout import (
     Summaries,
 )
 from hip_kernels.select import prefill as weighing_blocks
-from hip_kernels.select import triton as weighing
 from hip_kernels.select.best import best_pages
-from hip_kernels.select.choose import Chosen, choose
-from hip_kernels.select.nodes import Nodes
+from hip_kernels.select.choose import Shortlist, look
+from hip_kernels.select.scores import Scores
+from hip_kernels.select.triton import weigh
+from hip_kernels.steps import NO_PAGE, DecodeSteps
 
 WIDEST_OF_BLOCKS = 128
 
@@ -34,10 +34,9 @@ def serves(blocks: QueryBlocks, plan: SparsePlan, width: int) -> bool:
     """Whether blocks of this kind, with heads of ``width`` channels, have kernels."""
     if blocks.local is None:
         return True
-    estimates = plan.strategy == "summary" and plan.remainder in weighing.GUARDS
     # blocks of many rows spill with wider heads, and what is enough differs by row
     simple = plan.top_p >= 1 and width <= WIDEST_OF_BLOCKS
-    return estimates and (simple or blocks.tokens.shape[1] == 1)
+    return plan.has_kernels and (simple or blocks.tokens.shape[1] == 1)
 
 
 def attend(
@@ -53,7 +52,7 @@ def attend(
 ) -> Selection | None:
     """Attend blocks and write their rows of ``out``, as ``reference.attend`` does."""
     if blocks.tokens.shape[1] == 1:
-        return _attend_steps(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
+        return _attend_rows(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
     return _attend_blocks(query, kv, summaries, blocks, plan, scale, out)
 
 
@@ -83,7 +82,7 @@ def _attend_blocks(
     return Selection(Choice(chosen, torch.zeros_like(share)), share, blocks.page, plan)
 
 
-def _attend_steps(
+def _attend_rows(
     query: Tensor,
     kv: PagedKV,
     summaries: Summaries,
@@ -94,27 +93,39 @@ def _attend_steps(
     nodes: Summaries | None,
     choice: Choice | None,
 ) -> Selection | None:
-    """Blocks of one row: decode steps, and the last rows of prompts."""
-    steps = DecodeSteps.of(blocks)
-    batch, heads = len(steps), query.shape[1]
-    estimated = query.new_empty(batch, heads, dtype=torch.float32)
-    chosen = scores = None
-    if blocks.local is not None:
-        found = None
-        if blocks.nodes is not None:
-            assert nodes is not None, "these blocks search through nodes; there are none"
-            found = Nodes.of(nodes, blocks.nodes.physical, heads, plan)
-        scores = weighing.Scores.of(steps, heads, summaries.mean.shape[1], found)
-        if choice is not None:
-            chosen = Chosen(choice.pages.contiguous(), choice.correction.flatten(1))
-        held = None if chosen is None else chosen.pages
-        weighing.score(query, summaries, steps, plan, scale, scores, held)
-        if chosen is None:
-            chosen = choose(query, kv, scores, steps, plan, scale)
-    rest = None if plan.remainder == "none" else scores
-    decode(query, kv, summaries, steps, chosen, rest, plan, scale, out, estimated)
-    if chosen is None:
+    """Decode steps beside prompts, and the last rows of these."""
+    steps = DecodeSteps.of(blocks, reuses=choice is not None)
+    if choice is None:
+        group = query.shape[1] // kv.kv_heads
+        choice = Choice.empty(len(steps), kv.kv_heads, group, plan, query.device)
+    estimated = query.new_empty(len(steps), query.shape[1], dtype=torch.float32)
+    attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
+    if blocks.local is None:
         return None
-    groups = batch, kv.kv_heads, -1
-    made = Choice(chosen.pages, chosen.correction.view(groups))
-    return Selection(made, estimated.view(groups), blocks.page, plan)
+    return Selection(choice, estimated.view(choice.correction.shape), blocks.page, plan)
+
+
+def attend_steps(
+    query: Tensor,
+    kv: PagedKV,
+    summaries: Summaries,
+    steps: DecodeSteps,
+    choice: Choice,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+    estimated: Tensor,
+    nodes: Summaries | None,
+) -> None:
+    """Attend decode steps (``ops.attend_steps``)."""
+    kept = scores = None
+    # where no step prunes there is nothing to weigh
+    if steps.sparse_from < NO_PAGE:
+        kept = choice
+        scores = Scores.of(steps, query.shape[1], kv.kv_heads, summaries.mean.shape[1], plan)
+        scratch = Shortlist.of(scores, kv.kv_heads, plan)
+        weigh(query, summaries, nodes, steps, choice, plan, scale, scores, scratch)
+        if plan.second_look:
+            look(query, kv, scores, scratch, steps, choice, plan, scale)
+    rest = None if plan.remainder == "none" else scores
+    decode(query, kv, summaries, nodes, steps, kept, rest, plan, scale, out, estimated)

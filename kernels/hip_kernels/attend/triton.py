@@ -12,18 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check, check_steps, check_summaries
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    DecodeSteps,
-    PagedKV,
-    SparsePlan,
-    Summaries,
-)
-from hip_kernels.select.choose import Chosen
-from hip_kernels.select.nodes import Columns, page_of
-from hip_kernels.select.triton import Scores
+from hip_kernels.checks import check, check_choice, check_steps, check_summaries
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, PagedKV, SparsePlan, Summaries
+from hip_kernels.select.nodes import nodes_end, page_of
+from hip_kernels.select.scores import Columns, Scores
+from hip_kernels.steps import DecodeSteps
 from hip_kernels.tiles import (
     PAGES_A_TILE,
     arrivals,
@@ -33,9 +26,10 @@ from hip_kernels.tiles import (
     soft_capped,
 )
 
-# what one program attends to: exact pages, or tiles of estimated ones
+# exact pages that one program attends to, where it can, and tiles of estimated ones
 EXACT_A_SPLIT = 4
 TILES_A_SPLIT = 4
+# programs that share the pages of a step: one merges what they leave
 MOST_SPLITS = 64
 
 
@@ -43,8 +37,9 @@ def decode(
     query: Tensor,
     kv: PagedKV,
     summaries: Summaries,
+    nodes: Summaries | None,
     steps: DecodeSteps,
-    chosen: Chosen | None,
+    choice: Choice | None,
     scores: Scores | None,
     plan: SparsePlan,
     scale: float,
@@ -53,8 +48,9 @@ def decode(
 ) -> None:
     """Attend one token a request: query [T, Hq, D] -> its row of out [T, Hq, Dv].
 
-    Without ``chosen`` all pages are exact, and without ``scores`` none is estimated; ``estimated``
-    [B, Hq] becomes the share of each softmax that went to those that are.
+    Steps that prune attend to their row of ``choice``; without it none may prune, and without
+    ``scores`` nothing is estimated. ``estimated`` [B, Hq] becomes the share of each softmax that
+    went to what is.
     """
     batch, heads, width = len(steps), *query.shape[1:]
     pages, kv_heads, value_width = steps.table.shape[1], kv.kv_heads, kv.value.shape[2]
@@ -66,49 +62,43 @@ def decode(
     check_steps("steps", steps)
     check("out", out, (len(query), heads, value_width))
     check("estimated", estimated, (batch, heads), torch.float32)
-    group, tile = heads // kv_heads, TILES_A_SPLIT * PAGES_A_TILE
-    if chosen is None:
-        listed, correction = steps.page, estimated  # neither is read
-        # a table in as few parts as one program can merge
-        budget, count, exact = 0, pages, max(EXACT_A_SPLIT, triton.cdiv(pages, MOST_SPLITS))
-    else:
-        listed, correction = chosen.pages, chosen.correction
-        check("chosen.pages", listed, (batch, kv_heads, None), torch.int64)
-        check("chosen.correction", correction, (batch, heads), torch.float32)
-        budget, exact = listed.shape[2], EXACT_A_SPLIT
-        count = plan.sink_pages + budget + plan.window_pages + 1
+    group = heads // kv_heads
+    chosen, correction, budget, most = steps.page, estimated, 0, pages  # not read
+    if choice is not None:
+        check_choice("choice", choice, kv_heads, heads)
+        chosen, correction, budget = choice.pages, choice.correction, choice.pages.shape[2]
+        most = plan.sink_pages + budget + plan.window_pages + 1
     # what is not estimated is not read
-    columns, logits, nodes = Columns(0, 0, 0), estimated, None
+    columns, logits, node_logits, listed = Columns(0), estimated, estimated, steps.page
+    node_value, node_table, count = summaries.value, steps.table, 0
     if scores is not None:
-        scores.check(batch, heads, pages)
-        columns, logits, nodes = scores.columns, scores.page, scores.nodes
-    node_value, node_table, node_logit, pages_of = (
-        summaries.value,
-        steps.table,
-        estimated,
-        steps.page,
-    )
-    if nodes is not None:
-        nodes.check(batch, heads, kv_heads)
-        node_value, node_table = nodes.summaries.value, nodes.table
-        node_logit, pages_of = nodes.logit, nodes.pages
-    node_count = 0 if nodes is None else node_table.shape[1]
-    exact_splits, page_splits = triton.cdiv(count, exact), triton.cdiv(len(columns), tile)
-    splits = exact_splits + page_splits + triton.cdiv(node_count, tile)
+        scores.check(batch, heads)
+        columns, logits, listed = scores.columns, scores.page, scores.listed
+        if steps.nodes is not None:
+            assert nodes is not None, "these steps search through nodes; there are none"
+            check_summaries("nodes", nodes, kv_heads)
+            node_value, node_table, node_logits = nodes.value, steps.nodes, scores.node
+            count = node_table.shape[1]
+    tile = TILES_A_SPLIT * PAGES_A_TILE
+    page_splits = min(MOST_SPLITS // 2, triton.cdiv(len(columns), tile))
+    node_splits = min(MOST_SPLITS // 8, triton.cdiv(count, tile))
+    exact_splits = MOST_SPLITS - page_splits - node_splits
+    exact_splits = min(exact_splits, triton.cdiv(most, EXACT_A_SPLIT))
+    splits = exact_splits + page_splits + node_splits
     part = query.new_empty(batch, heads, splits, value_width, dtype=torch.float32)
     mass = query.new_empty(batch, heads, splits, dtype=torch.float32)
     _decode[(splits, batch, kv_heads)](
         *(query, kv.key, kv.value, summaries.value, node_value),
-        *(steps.token, steps.position, steps.page, steps.table, node_table, pages_of),
-        *(listed, logits, node_logit, correction),
+        *(steps.token, steps.position, steps.page, steps.row, steps.table, node_table, listed),
+        *(chosen, logits, node_logits, correction),
         *(part, mass, out, estimated, arrivals(query.device, batch * kv_heads)),
         *(float(scale * kv.key_scale), float(kv.value_scale), float(plan.logit_cap)),
-        *(pages, len(columns), node_count),
-        *(count, budget, plan.sink_pages, plan.window_pages),
-        *(exact, exact_splits, page_splits, summaries.pages, node_value.shape[1]),
+        *(steps.sparse_from, steps.far_from, pages, count),
+        *(len(columns), columns.far, columns.head),
+        *(most, budget, plan.sink_pages, plan.window_pages),
+        *(exact_splits, page_splits, node_splits, summaries.pages, node_value.shape[1]),
         PAGE=PAGE_SIZE,
-        NODE=0 if nodes is None else NODE_PAGES,
-        ALL=chosen is None,
+        NODE=0 if count == 0 else NODE_PAGES,
         GROUP=group,
         CAPS=plan.logit_cap > 0,
         WIDTH=width,
@@ -116,7 +106,6 @@ def decode(
         BLOCK=triton.next_power_of_2(width),
         VALUE_BLOCK=triton.next_power_of_2(value_width),
         ROWS=rows_of_group(group),
-        TILES=TILES_A_SPLIT,
         TILE=PAGES_A_TILE,
         SPLITS=triton.next_power_of_2(splits),
         num_warps=4 if max(width, value_width) <= 128 else 8,
@@ -136,6 +125,7 @@ def _decode(
     token,
     position,
     own_pages,
+    kept_rows,
     table,
     node_table,
     listed_pages,
@@ -151,21 +141,24 @@ def _decode(
     scale,
     value_scale,
     cap,
+    sparse_from,
+    nodes_from,
     pages,  # of the table
-    columns,
     nodes,  # of their table
-    exact_count,  # sink, chosen, window, own
-    budget,  # columns of ``chosen``
+    columns,  # room
+    far_columns,
+    head_pages,
+    exact_most,  # sink, chosen, window, own
+    budget,
     sink,
     window,
-    exact_a_split,
     exact_splits,
     page_splits,
+    node_splits,
     pool_pages,  # that the summaries have room for
     pool_nodes,
     PAGE: tl.constexpr,
     NODE: tl.constexpr,
-    ALL: tl.constexpr,
     GROUP: tl.constexpr,
     CAPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -173,7 +166,6 @@ def _decode(
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -185,7 +177,10 @@ def _decode(
     real = row < GROUP
     here = (request * kv_heads + head) * GROUP + row  # of a row of [B * Hq]
     own = tl.load(own_pages + request)
-    chosen += (request * kv_heads + head) * budget
+    sparse = own >= sparse_from
+    far = sparse & (own >= nodes_from)
+    kept_row = tl.load(kept_rows + request) * kv_heads + head
+    chosen += kept_row * budget
     v = tl.arange(0, VALUE_BLOCK)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -197,13 +192,11 @@ def _decode(
         q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
         last = tl.load(position + request)
         offset = tl.arange(0, PAGE)
-        first = split * exact_a_split
         # without a branch inside, so that the next page is read while this one is multiplied
-        for column in range(first, tl.minimum(first + exact_a_split, exact_count)):
-            if ALL:
-                page = tl.where(column <= own, column, -1)
-            else:
-                page = exact_page(column, chosen, own, budget, sink, window)
+        count = tl.where(sparse, exact_most, own + 1)
+        share = tl.cdiv(count, exact_splits)
+        for column in range(split * share, tl.minimum((split + 1) * share, count)):
+            page = tl.where(sparse, exact_page(column, chosen, own, budget, sink, window), column)
             slot = tl.load(table + request * pages + page, mask=page >= 0, other=0) * PAGE + offset
             seen = (page >= 0) & (page * PAGE + offset <= last)
             place = slot * kv_heads + head
@@ -216,11 +209,15 @@ def _decode(
             top, total, mixed = more_keys(top, total, mixed, logit, rows.to(q.dtype))
         mixed *= value_scale
     elif split < exact_splits + page_splits:
-        wrong = tl.load(correction + here, mask=real, other=0.0)
-        listed_pages += (request * kv_heads + head) * columns
-        for number in range(TILES):
-            column = ((split - exact_splits) * TILES + number) * TILE + tl.arange(0, TILE)
-            page = page_of(column, columns, own, listed_pages, NODE)
+        wrong = tl.load(correction + kept_row * GROUP + row, mask=real & sparse, other=0.0)
+        listed_pages += (request * kv_heads + head) * far_columns
+        count = tl.where(far, far_columns, tl.minimum(own, columns))
+        count = tl.where(sparse, tl.cdiv(count, TILE), 0)
+        share = tl.cdiv(count, page_splits)
+        first = (split - exact_splits) * share
+        for tile in range(first, tl.minimum(first + share, count)):
+            column = tile * TILE + tl.arange(0, TILE)
+            page = page_of(column, far_columns, own, listed_pages, far, NODE)
             pruned = is_pruned(page, chosen, own, budget, sink, window, TILE) & (column < columns)
             shown = real[:, None] & pruned[None, :]
             there = here[:, None] * columns + column[None, :]
@@ -229,12 +226,15 @@ def _decode(
             place += head * pool_pages
             rows = load_rows(mean_value, place, pruned, VALUE_WIDTH, VALUE_BLOCK)
             top, total, mixed = more_keys(top, total, mixed, logit, rows)
-    else:
-        wrong = tl.load(correction + here, mask=real, other=0.0)
-        for number in range(TILES):
-            node = (split - exact_splits - page_splits) * TILES + number
-            node = node * TILE + tl.arange(0, TILE)
-            shown = real[:, None] & (node < nodes)[None, :]
+    elif NODE > 0:
+        wrong = tl.load(correction + kept_row * GROUP + row, mask=real & sparse, other=0.0)
+        end = tl.minimum(nodes_end(own, head_pages, window, NODE), nodes)
+        count = tl.where(far, tl.cdiv(end, TILE), 0)
+        share = tl.cdiv(count, node_splits)
+        first = (split - exact_splits - page_splits) * share
+        for tile in range(first, tl.minimum(first + share, count)):
+            node = tile * TILE + tl.arange(0, TILE)
+            shown = real[:, None] & (node < end)[None, :]
             there = here[:, None] * nodes + node[None, :]
             logit = tl.load(node_logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
             kept = tl.max(logit, 0) > float("-inf")

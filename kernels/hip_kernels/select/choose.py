@@ -1,7 +1,7 @@
 """Which pages decode steps attend exactly, on a GPU: by their weight, then by real keys.
 
-The same choice as ``reference.select``, where the mathematics is. Nothing here waits for the GPU,
-and nothing but shapes decides what is launched.
+The same choice as ``reference.select``, where the mathematics is. ``shortlist`` is the end of the
+kernel that weighs (``triton.weigh``); ``look`` is a launch of its own.
 """
 
 from __future__ import annotations
@@ -13,130 +13,127 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check, check_steps
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, PagedKV, SparsePlan
+from hip_kernels.checks import check, check_choice, check_steps
+from hip_kernels.layout import GUARDS, NODE_PAGES, PAGE_SIZE, Choice, PagedKV, SparsePlan
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.select.enough import keep_enough
 from hip_kernels.select.nodes import page_of
-from hip_kernels.select.triton import GUARDS, Scores
+from hip_kernels.select.scores import Scores
+from hip_kernels.steps import DecodeSteps
 from hip_kernels.tiles import (
+    ENTRIES_A_TILE,
     arrivals,
     arrives_last,
     load_rows,
     log_add,
     log_sum_exp,
-    mass_of,
     rows_of_group,
     soft_capped,
 )
 
 # sub-pages that one program reads the keys of
 SUB_PAGES_A_SPLIT = 16
-_ENTRIES_A_TILE = 64
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What decode steps [B] attend exactly, between sink and window."""
+class Shortlist:
+    """Scratch for choosing: what is listed for a second look, and the keys that order it."""
 
-    pages: Tensor  # [B, Hkv, K] int64 logical; -1 is padding
-    correction: Tensor  # [B, Hq] float32: to be added to the logits of estimated pages
+    listed: Tensor  # [B, Hkv, E] int64: column * L + part of sub-pages, in order; -1 is none
+    keys: Tensor  # [B, Hkv, places] int32
+    taken: Tensor  # [B, Hkv, takes] int32
+    beam: Tensor  # [B, Hkv, beam] int64: nodes in the beam, in order; -1 is none
+
+    @classmethod
+    def of(cls, scores: Scores, kv_heads: int, plan: SparsePlan) -> Shortlist:
+        def integers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(batch, kv_heads, size, dtype=dtype, device=scores.page.device)
+
+        batch, count, means = len(scores.page), len(scores.columns), len(scores.parts)
+        entries = min(plan.second_look * plan.budget_pages, count) * means
+        nodes = scores.node.shape[2]
+        looks = plan.second_look > 0
+        return cls(
+            listed=integers(entries, torch.int64),
+            keys=integers(max(count * means if looks else count, entries, nodes)),
+            # of pages also which are kept
+            taken=integers(max(entries, 2 * plan.budget_pages, min(plan.beam, nodes))),
+            beam=integers(min(plan.beam, nodes), torch.int64),
+        )
 
 
-def choose(
+def look(
     query: Tensor,
     kv: PagedKV,
     scores: Scores,
+    shortlist: Shortlist,
     steps: DecodeSteps,
+    choice: Choice,
     plan: SparsePlan,
     scale: float,
-) -> Chosen:
-    """Choose ``plan.budget_pages`` for each step and KV head.
+) -> None:
+    """Choose by real keys into ``choice``: query [T, Hq, D], sub-pages as ``weigh`` listed them.
 
-    query [T, Hq, D]; scores as ``triton.score`` left them.
+    Steps that use their choice again, or keep every page, choose nothing.
     """
     batch, heads, width = len(steps), *query.shape[1:]
-    pages, kv_heads, means = steps.table.shape[1], kv.kv_heads, len(scores.parts)
+    kv_heads, means, columns = kv.kv_heads, len(scores.parts), scores.columns
     check("query", query, (None, None, kv.key.shape[2]))
     check("kv.key", kv.key, (None, kv_heads, width))
     check_steps("steps", steps)
-    scores.check(batch, heads, pages)
-    assert plan.budget_pages > 0, "plan.budget_pages is 0; a step chooses one page or more"
-    budget, columns, nodes = plan.budget_pages, scores.columns, scores.nodes
-    looks, count = plan.second_look > 0, len(columns)
-    listed = min(plan.second_look * budget, count) * means if looks else budget
-    places = max(count * means, listed) if looks else count
-
-    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=query.device)
-
-    chosen = integers(batch, kv_heads, budget, dtype=torch.int64)
-    correction = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
-    mass = torch.empty_like(correction)
-    keys = integers(batch, kv_heads, places)
-    taken = integers(batch, kv_heads, max(listed, 2 * budget))
-    list_ = integers(batch, kv_heads, listed, dtype=torch.int64) if looks else chosen
+    check_choice("choice", choice, kv_heads, heads)
+    scores.check(batch, heads)
+    entries = shortlist.listed.shape[2]
+    true = torch.empty(batch, heads, entries, dtype=torch.float32, device=query.device)
+    splits = triton.cdiv(entries, SUB_PAGES_A_SPLIT)
     group = heads // kv_heads
-    # without nodes a column is a page
-    pages_of = steps.table if nodes is None else nodes.pages
-    shape = columns.head, columns.beam, plan.sink_pages, plan.window_pages
-    how = {
-        "NODE": 0 if nodes is None else NODE_PAGES,
-        "MEANS": means,
-        "GROUP": group,
-        "ROWS": rows_of_group(group),
-        "TOP_P": plan.top_p < 1,
-        "TILE": _ENTRIES_A_TILE,
-        "KEYS": KEYS_A_TILE,
-        "num_warps": 4,
-    }
-    _shortlist[(batch, kv_heads)](
-        *(scores.page, scores.parts, scores.spread, scores.mass, steps.page, pages_of, mass),
-        *(correction, keys, list_, taken),
-        *(count, scores.mass.shape[2], listed, places, taken.shape[2], *shape, float(plan.top_p)),
-        LOOKS=looks,
-        SPREAD=GUARDS[plan.remainder] > 0,
-        **how,
-    )
-    if not looks:
-        return Chosen(chosen, correction)
-    true = torch.empty(batch, heads, listed, dtype=torch.float32, device=query.device)
-    splits = triton.cdiv(listed, SUB_PAGES_A_SPLIT)
     _look[(splits, batch, kv_heads)](
-        *(query, steps.token, kv.key, steps.table, list_, true, mass),
-        *(scores.page, scores.parts, scores.spread, steps.page, pages_of),
-        *(keys, taken, chosen, correction, arrivals(query.device, batch * kv_heads)),
-        *(float(scale * kv.key_scale), float(plan.logit_cap), float(plan.top_p)),
-        *(pages, count, listed, places, taken.shape[2], budget, *shape),
+        *(query, steps.token, kv.key, steps.table, shortlist.listed, true, scores.total),
+        *(scores.page, scores.parts, scores.spread, steps.page, steps.row, steps.reuses),
+        *(scores.listed, shortlist.keys, shortlist.taken, choice.pages, choice.correction),
+        *(arrivals(query.device, batch * kv_heads), float(scale * kv.key_scale)),
+        *(float(plan.logit_cap), float(plan.top_p), steps.sparse_from, steps.far_from),
+        *(steps.table.shape[1], len(columns), columns.far, entries),
+        *(shortlist.keys.shape[2], shortlist.taken.shape[2], choice.pages.shape[2]),
+        *(columns.head, columns.beam, plan.sink_pages, plan.window_pages),
         PAGE=PAGE_SIZE,
         CAPS=plan.logit_cap > 0,
         SPREAD=GUARDS[plan.remainder] > 0,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         SPLIT=SUB_PAGES_A_SPLIT,
-        **how,
+        NODE=0 if steps.nodes is None else NODE_PAGES,
+        MEANS=means,
+        GROUP=group,
+        ROWS=rows_of_group(group),
+        TOP_P=plan.top_p < 1,
+        TILE=ENTRIES_A_TILE,
+        KEYS=KEYS_A_TILE,
+        num_warps=4,
     )
-    return Chosen(chosen, correction)
 
 
 @triton.jit
-def _shortlist(
+def shortlist(
     page_logit,
     parts,
     spread,
-    tile_mass,
-    own_pages,
+    total_out,
+    total,  # [ROWS]
+    rows,  # [ROWS] of [B * Hq]
+    row,
+    here,  # of [B * Hkv]
+    own,
+    far,
     listed_pages,
-    mass,
-    correction,
+    correction,  # of the step's own row
     keys,
-    listed,
+    chosen,  # entries, or, without a look, pages
     taken,
-    columns,
-    tiles,  # of columns, whose masses are known
+    columns,  # room
+    far_columns,
+    across,  # from a part to the next
     wanted,
-    places,  # room for keys
-    takes,  # room for keys that are taken, and for what is kept of them
     head_pages,
     beam_pages,
     sink,
@@ -152,30 +149,18 @@ def _shortlist(
     TILE: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The most promising sub-pages of a request and KV head, or, without a look, pages."""
-    request = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
-    here = request * tl.num_programs(1) + head
-    own = tl.load(own_pages + request)
-    row = tl.arange(0, ROWS)
-    rows = here * GROUP + row  # of [B * Hq]
-    total = mass_of(tile_mass + rows * tiles, row < GROUP, tiles, ROWS, TILE)
-    tl.store(mass + rows, total, mask=row < GROUP)
+    """The most promising sub-pages of a step and KV head, or, without a look, its choice."""
+    tl.store(total_out + rows, total, mask=row < GROUP)
     # a look will tell
-    tl.store(correction + rows, tl.zeros((ROWS,), tl.float32), mask=row < GROUP)
+    tl.store(correction + row, tl.zeros((ROWS,), tl.float32), mask=row < GROUP)
     tl.debug_barrier()
-
     PARTS: tl.constexpr = MEANS if LOOKS else 1
-    keys += here * places
+    end = tl.maximum(own - window, 0)
     if NODE > 0:
-        listed_pages += here * columns
-        end = columns
-    else:
-        end = tl.minimum(columns, tl.maximum(own - window, 0))
+        end = tl.where(far, far_columns, end)
     for start in range(0, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        page = page_of(column, columns, own, listed_pages, NODE)
+        page = page_of(column, far_columns, own, listed_pages, far, NODE)
         candidate = (page >= sink) & (page < own - window) & (column < end)
         for part in tl.static_range(PARTS):
             best = tl.full((KEYS,), float("-inf"), tl.float32)
@@ -183,27 +168,22 @@ def _shortlist(
                 one = here * GROUP + number
                 at = one * columns + column
                 if LOOKS:
-                    across = part * tl.num_programs(0) * heads * columns
-                    share = tl.load(parts + across + at, mask=candidate, other=0.0)
+                    share = tl.load(parts + part * across + at, mask=candidate, other=0.0)
                     if SPREAD:
                         share += tl.load(spread + at, mask=candidate, other=0.0)
                 else:
                     share = tl.load(page_logit + at, mask=candidate, other=0.0)
-                best = tl.maximum(best, share - tl.load(mass + one))
+                best = tl.maximum(best, share - tl.load(total_out + one))
             key = tl.where(candidate, key_of(best), NO_KEY)
             tl.store(keys + column * PARTS + part, key, mask=column < end)
-    listed += here * wanted
-    taken += here * takes
     least, equal = least_taken(keys, end * PARTS, wanted, KEYS)
-    store_taken(keys, end * PARTS, wanted, least, equal, listed, taken, KEYS)
+    store_taken(keys, end * PARTS, wanted, least, equal, chosen, taken, KEYS)
     if not LOOKS:
-        if TOP_P:
-            keep_enough(
-                listed, taken, wanted, page_logit, mass, rows, row, own, columns,
-                head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
-            )  # fmt: skip
-        if NODE > 0:
-            _to_pages(listed, wanted, listed_pages, TILE)
+        _finish(
+            chosen, taken, wanted, page_logit, total, rows, row, own, far, listed_pages,
+            columns, head_pages, beam_pages, sink, window, top_p,
+            NODE, GROUP, ROWS, TOP_P, TILE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -219,6 +199,8 @@ def _look(
     parts,
     spread,
     own_pages,
+    kept_rows,
+    reuses,
     listed_pages,
     keys,
     taken,
@@ -228,8 +210,11 @@ def _look(
     scale,
     cap,
     top_p,
+    sparse_from,
+    nodes_from,
     pages,  # of the table
-    columns,
+    columns,  # room
+    far_columns,
     entries,  # sub-pages of a list
     places,  # room for keys
     takes,  # room for keys that are taken, and for what is kept of them
@@ -260,21 +245,22 @@ def _look(
     row = tl.arange(0, ROWS)
     rows = here * GROUP + row  # of [B * Hq]
     real = row < GROUP
+    own = tl.load(own_pages + request)
+    looks = (own >= sparse_from) & (tl.load(reuses + request) == 0)
+    far = own >= nodes_from
     listed += here * entries
+    listed_pages += here * far_columns
     d = tl.arange(0, BLOCK)
-    shown = real[:, None] & (d < WIDTH)[None, :]
+    shown = looks & real[:, None] & (d < WIDTH)[None, :]
     asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
     q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
-    own = tl.load(own_pages + request)
-    if NODE > 0:
-        listed_pages += here * columns
     TOKENS: tl.constexpr = PAGE // MEANS
     offset = tl.arange(0, PAGE)
-    for start in range(0, SPLIT, MEANS):
+    for start in range(0, tl.where(looks, SPLIT, 0), MEANS):
         entry = tl.program_id(0) * SPLIT + start + offset // TOKENS
         code = tl.load(listed + entry, mask=entry < entries, other=-1)
         seen = code >= 0
-        page = page_of(code // MEANS, columns, own, listed_pages, NODE)
+        page = page_of(code // MEANS, far_columns, own, listed_pages, far, NODE)
         page = tl.load(table + request * pages + page, mask=seen, other=0)
         slot = page * PAGE + code % MEANS * TOKENS + offset % TOKENS
         k = load_rows(key, slot * kv_heads + head, seen, WIDTH, BLOCK)
@@ -286,67 +272,93 @@ def _look(
         entry = tl.program_id(0) * SPLIT + start + tl.arange(0, MEANS)
         stored = real[:, None] & (entry < entries)[None, :]
         tl.store(true + rows[:, None] * entries + entry[None, :], found, mask=stored)
-    if not arrives_last(counters + here, tl.num_programs(0)):
-        return
+    if arrives_last(counters + here, tl.num_programs(0)) and looks:
+        keys += here * places
+        taken += here * takes
+        total = tl.load(mass + rows, mask=real, other=0.0)
+        across = tl.num_programs(1) * kv_heads * GROUP * columns  # from a part to the next
+        excess = tl.zeros((ROWS,), tl.float32)
+        count = tl.full((), 0, tl.int32)
+        for start in range(0, entries, TILE):
+            entry = start + tl.arange(0, TILE)
+            code = tl.load(listed + entry, mask=entry < entries, other=-1)
+            read = real[:, None] & (code >= 0)[None, :]
+            column, part = code // MEANS, code % MEANS
+            at = rows[:, None] * columns + column[None, :]
+            estimate = tl.load(parts + part[None, :] * across + at, mask=read, other=0.0)
+            estimate += tl.log(float(TOKENS))
+            if SPREAD:
+                estimate += tl.load(spread + at, mask=read, other=0.0)
+            share = tl.load(true + rows[:, None] * entries + entry[None, :], mask=read, other=0.0)
+            excess += tl.sum(tl.where(read, share - estimate, 0.0), 1)
+            count += tl.sum((code >= 0).to(tl.int32), 0)
 
-    keys += here * places
-    taken += here * takes
-    across = tl.num_programs(1) * kv_heads * GROUP * columns  # from a part to the next
-    total = tl.load(mass + rows, mask=real, other=0.0)
-    excess = tl.zeros((ROWS,), tl.float32)
-    count = tl.full((), 0, tl.int32)
-    for start in range(0, entries, TILE):
-        entry = start + tl.arange(0, TILE)
-        code = tl.load(listed + entry, mask=entry < entries, other=-1)
-        read = real[:, None] & (code >= 0)[None, :]
-        column, part = code // MEANS, code % MEANS
-        at = rows[:, None] * columns + column[None, :]
-        estimate = tl.load(parts + part[None, :] * across + at, mask=read, other=0.0)
-        estimate += tl.log(float(TOKENS))
-        if SPREAD:
-            estimate += tl.load(spread + at, mask=read, other=0.0)
-        share = tl.load(true + rows[:, None] * entries + entry[None, :], mask=read, other=0.0)
-        excess += tl.sum(tl.where(read, share - estimate, 0.0), 1)
-        count += tl.sum((code >= 0).to(tl.int32), 0)
+            # sub-pages of a page stand together, and the first of them speaks for it
+            before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
+            first = (code >= 0) & ((before < 0) | (before // MEANS != column))
+            share = tl.where(read, share - total[:, None], float("-inf"))
+            for ahead in tl.static_range(1, MEANS):
+                other = entry + ahead
+                code = tl.load(listed + other, mask=other < entries, other=-1)
+                same = real[:, None] & ((code >= 0) & (code // MEANS == column))[None, :]
+                more = true + rows[:, None] * entries + other[None, :]
+                more = tl.load(more, mask=same, other=float("-inf"))
+                share = log_add(share, more - total[:, None])
+            best = tl.where(first, key_of(tl.max(share, 0)), NO_KEY)
+            tl.store(keys + entry, best, mask=entry < entries)
+        wrong = tl.minimum(excess / tl.maximum(count, 1).to(tl.float32), 0.0)
+        kept_row = tl.load(kept_rows + request) * kv_heads + head
+        tl.store(correction + kept_row * GROUP + row, wrong, mask=real)
 
-        # sub-pages of a page stand together, and the first of them speaks for it
-        before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
-        first = (code >= 0) & ((before < 0) | (before // MEANS != column))
-        share = tl.where(read, share - total[:, None], float("-inf"))
-        for ahead in tl.static_range(1, MEANS):
-            other = entry + ahead
-            code = tl.load(listed + other, mask=other < entries, other=-1)
-            same = real[:, None] & ((code >= 0) & (code // MEANS == column))[None, :]
-            more = tl.load(true + rows[:, None] * entries + other[None, :], same, float("-inf"))
-            share = log_add(share, more - total[:, None])
-        best = tl.where(first, key_of(tl.max(share, 0)), NO_KEY)
-        tl.store(keys + entry, best, mask=entry < entries)
-    wrong = tl.minimum(excess / tl.maximum(count, 1).to(tl.float32), 0.0)
-    tl.store(correction + rows, wrong, mask=real)
-
-    chosen += here * budget
-    least, equal = least_taken(keys, entries, budget, KEYS)
-    store_taken(keys, entries, budget, least, equal, chosen, taken, KEYS)
-    for start in range(0, budget, TILE):
-        place = start + tl.arange(0, TILE)
-        entry = tl.load(chosen + place, mask=place < budget, other=-1)
-        code = tl.load(listed + entry, mask=entry >= 0, other=0)
-        tl.store(chosen + place, code // MEANS, mask=entry >= 0)
-    tl.debug_barrier()
-    if TOP_P:
-        keep_enough(
-            chosen, taken, budget, page_logit, mass, rows, row, own, columns,
-            head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
+        chosen += kept_row * budget
+        least, equal = least_taken(keys, entries, budget, KEYS)
+        store_taken(keys, entries, budget, least, equal, chosen, taken, KEYS)
+        for start in range(0, budget, TILE):
+            place = start + tl.arange(0, TILE)
+            entry = tl.load(chosen + place, mask=place < budget, other=-1)
+            code = tl.load(listed + entry, mask=entry >= 0, other=0)
+            tl.store(chosen + place, code // MEANS, mask=entry >= 0)
+        tl.debug_barrier()
+        _finish(
+            chosen, taken, budget, page_logit, total, rows, row, own, far, listed_pages,
+            columns, head_pages, beam_pages, sink, window, top_p,
+            NODE, GROUP, ROWS, TOP_P, TILE,
         )  # fmt: skip
-    if NODE > 0:
-        _to_pages(chosen, budget, listed_pages, TILE)
 
 
 @triton.jit
-def _to_pages(chosen, budget, listed_pages, TILE: tl.constexpr):
-    """Columns become pages."""
-    for start in range(0, budget, TILE):
-        place = start + tl.arange(0, TILE)
-        column = tl.load(chosen + place, mask=place < budget, other=-1)
-        page = tl.load(listed_pages + column, mask=column >= 0, other=-1)
-        tl.store(chosen + place, page, mask=column >= 0)
+def _finish(
+    chosen,
+    taken,
+    budget,
+    page_logit,
+    total,
+    rows,
+    row,
+    own,
+    far,
+    listed_pages,
+    columns,
+    head_pages,
+    beam_pages,
+    sink,
+    window,
+    top_p,
+    NODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Drop what is more than enough; columns become pages."""
+    if TOP_P:
+        keep_enough(
+            chosen, taken, budget, page_logit, total, rows, row, own, far, columns,
+            head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
+        )  # fmt: skip
+    if NODE > 0:
+        for start in range(0, tl.where(far, budget, 0), TILE):
+            place = start + tl.arange(0, TILE)
+            column = tl.load(chosen + place, mask=place < budget, other=-1)
+            page = tl.load(listed_pages + column, mask=column >= 0, other=-1)
+            tl.store(chosen + place, page, mask=column >= 0)

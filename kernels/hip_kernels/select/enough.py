@@ -15,10 +15,11 @@ def keep_enough(
     taken,
     budget,
     page_logit,
-    mass,
+    total,  # [ROWS]
     rows,
     row,
     own,
+    far,
     columns,
     head_pages,
     beam_pages,
@@ -32,7 +33,6 @@ def keep_enough(
 ):
     """Drop what is chosen beyond ``top_p`` of the mass of every row, best first."""
     real = row < GROUP
-    total = tl.load(mass + rows, mask=real, other=0.0)
     held = tl.zeros((ROWS,), tl.float32)
     for start in range(0, sink + window, TILE):
         number = start + tl.arange(0, TILE)
@@ -42,7 +42,8 @@ def keep_enough(
         column = page
         if NODE > 0:
             past = page - nodes_end(own, head_pages, window, NODE) * NODE
-            column = tl.where(page < head_pages, page, head_pages + beam_pages + past)
+            is_tail = far & (page >= head_pages)
+            column = tl.where(is_tail, head_pages + beam_pages + past, page)
         at = page_logit + rows[:, None] * columns + column[None, :]
         logit = tl.load(at, mask=known, other=float("-inf"))
         held += tl.sum(tl.exp(logit - total[:, None]), 1)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor, float32, int64
 
 from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan, Summaries
-from hip_kernels.select.triton import GUARDS, part_logits
+from hip_kernels.layout import GUARDS, PAGE_SIZE, QueryBlocks, SparsePlan, Summaries
+from hip_kernels.select.triton import part_logits
 from hip_kernels.tiles import load_rows, soft_capped
 
 # pages that one step weighs: of four means each they are one product of 64 columns

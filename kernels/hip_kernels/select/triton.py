@@ -1,117 +1,100 @@
-"""What pages weigh, on a GPU: the tile that all kernels share which look at summaries.
+"""What pages weigh, on a GPU, and which are the most promising: one launch, two through nodes.
 
-The same estimate as ``weigh.page_logits``, where the mathematics is.
+The same estimate as ``weigh.page_logits``, where the mathematics is. The programs of a step go
+through its tiles of columns together; the last of them to finish makes the shortlist.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hip_kernels.checks import check, check_steps, check_summaries
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, DecodeSteps, SparsePlan, Summaries
-from hip_kernels.select.nodes import Columns, Nodes, choose_beam, nodes_end, page_of
-from hip_kernels.tiles import PAGES_A_TILE, load_rows, log_sum_exp, rows_of_group, soft_capped
+from hip_kernels.checks import check, check_choice, check_steps, check_summaries
+from hip_kernels.layout import GUARDS, NODE_PAGES, PAGE_SIZE, Choice, SparsePlan, Summaries
+from hip_kernels.select.best import KEYS_A_TILE
+from hip_kernels.select.choose import Shortlist, shortlist
+from hip_kernels.select.nodes import choose_beam, nodes_end
+from hip_kernels.select.scores import Scores, tiles_of
+from hip_kernels.select.weigh import check_beam
+from hip_kernels.steps import DecodeSteps
+from hip_kernels.tiles import (
+    ENTRIES_A_TILE,
+    PAGES_A_TILE,
+    arrivals,
+    arrives_last,
+    load_rows,
+    log_sum_exp,
+    mass_of,
+    rows_of_group,
+    soft_capped,
+)
 
-GUARDS = {"none": 0, "mean": 0, "quadratic": 1, "harmonic": 2}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What each column of a step weighs for the heads of one token, -inf where it has none."""
-
-    columns: Columns
-    page: Tensor  # [B, Hq, S] float32: the logit of the page as one key
-    parts: Tensor  # [L, B, Hq, S] float32: q . mean of each sub-page
-    spread: Tensor  # [B, Hq, S] float32: the guarded second cumulant, written where there is one
-    mass: Tensor  # [B, Hq, T] float32: the log-sum-exp of each tile of ``PAGES_A_TILE`` columns
-    nodes: Nodes | None = None
-
-    @classmethod
-    def of(
-        cls,
-        steps: DecodeSteps,
-        heads: int,
-        means: int,
-        nodes: Nodes | None = None,
-    ) -> Scores:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=steps.table.device)
-
-        columns = Columns(steps.table.shape[1], 0, 0) if nodes is None else nodes.columns
-        shape = len(steps), heads, len(columns)
-        mass = empty(len(steps), heads, sum(tiles_of(columns, nodes)))
-        return cls(columns, empty(*shape), empty(means, *shape), empty(*shape), mass, nodes)
-
-    def check(self, batch: int, heads: int, pages: int) -> None:
-        """Assert that the tensors belong together."""
-        shape = batch, heads, len(self.columns)
-        assert self.nodes or shape[2] == pages, f"scores are of {shape[2]} pages, not of {pages}"
-        check("scores.page", self.page, shape, torch.float32)
-        check("scores.parts", self.parts, (None, *shape), torch.float32)
-        check("scores.spread", self.spread, shape, torch.float32)
-        tiles = sum(tiles_of(self.columns, self.nodes))
-        check("scores.mass", self.mass, (batch, heads, tiles), torch.float32)
+# programs that a launch has, where there is work for as many
+PROGRAMS = 1024
 
 
-def tiles_of(columns: Columns, nodes: Nodes | None) -> tuple[int, int, int]:
-    """Tiles of nodes, of head and tail, and of the beam."""
-    count = 0 if nodes is None else nodes.table.shape[1]
-    sizes = count, columns.head + columns.tail, columns.beam
-    return tuple(triton.cdiv(size, PAGES_A_TILE) for size in sizes)
-
-
-def score(
+def weigh(
     query: Tensor,
     summaries: Summaries,
+    nodes: Summaries | None,
     steps: DecodeSteps,
+    choice: Choice,
     plan: SparsePlan,
     scale: float,
     out: Scores,
-    held: Tensor | None = None,
+    scratch: Shortlist,
 ) -> None:
-    """Weigh what is before each step: query [T, Hq, D].
+    """Weigh what is before each step that prunes: query [T, Hq, D].
 
-    Pages that are ``held`` [B, Hkv, K] have columns, however light their nodes are.
+    For steps that do not use their ``choice`` again, the most promising sub-pages are listed in
+    ``scratch``, or, where there is no second look, chosen into ``choice``. Of others the nodes of
+    what they chose are in the beam, however light these are.
     """
     batch, heads, width = len(steps), *query.shape[1:]
     pages, kv_heads = steps.table.shape[1], len(summaries.sigma)
-    means, columns, nodes = summaries.mean.shape[1], out.columns, out.nodes
+    means, columns, looks = summaries.mean.shape[1], out.columns, plan.second_look > 0
+    budget, count = choice.pages.shape[2], out.node.shape[2]
     assert plan.remainder in GUARDS, f"plan.remainder {plan.remainder} has no kernel: {[*GUARDS]}"
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
+    assert budget > 0, "choice has room for no page; a step chooses one or more"
     check("query", query, (None, None, summaries.mean.shape[-1]))
     check_steps("steps", steps)
     check_summaries("summaries", summaries, kv_heads)
-    out.check(batch, heads, pages)
+    check_choice("choice", choice, kv_heads, heads)
+    out.check(batch, heads)
     assert len(out.parts) == means, f"scores.parts are of {len(out.parts)} means, not of {means}"
-    if nodes is not None:
-        nodes.check(batch, heads, kv_heads)
-        assert nodes.summaries.mean.shape[1] == means, "nodes and pages have as many means"
+    # without nodes what is theirs is not read
+    of_nodes, node_table = summaries, steps.table
+    if steps.nodes is not None:
+        assert nodes is not None, "these steps search through nodes; there are none"
+        check_summaries("nodes", nodes, kv_heads)
+        assert nodes.mean.shape[1] == means, "nodes and pages have as many means"
+        check_beam(plan, choice.pages)
+        of_nodes, node_table = nodes, steps.nodes
     group = heads // kv_heads
-    node_tiles, edge_tiles, beam_tiles = tiles_of(columns, nodes)
-    count = 0 if nodes is None else nodes.table.shape[1]
-
-    def launch(tiles: int, first_tile: int, *, beam: bool) -> None:
-        # without nodes what is theirs is not read
-        of, table, logit, listed = (
-            (summaries, steps.table, out.page, steps.table)
-            if nodes is None
-            else (nodes.summaries, nodes.table, nodes.logit, nodes.pages)
-        )
-        _score[(tiles, batch, kv_heads)](
-            *(query, steps.token, steps.page, summaries.mean, summaries.sigma, steps.table),
-            *(of.mean, of.sigma, table, listed, out.page, out.parts, out.spread, logit),
-            *(out.mass, float(scale), float(plan.logit_cap)),
-            *(len(columns), columns.head, columns.beam, plan.window_pages),
-            *(pages, summaries.pages, count, of.pages),
-            *(first_tile, 0 if beam else node_tiles, node_tiles + edge_tiles + beam_tiles),
+    tiles = tiles_of(columns, count)
+    splits = min(tiles, max(1, triton.cdiv(PROGRAMS, batch * kv_heads)))
+    listed = scratch.listed if looks else choice.pages
+    # what spills with four warps
+    crowded = width > 128 or group > 16
+    for beam in (False,) if steps.nodes is None else (False, True):
+        _weigh[(splits, batch, kv_heads)](
+            *(query, steps.token, steps.page, steps.row, steps.reuses, steps.table, node_table),
+            *(summaries.mean, summaries.sigma, of_nodes.mean, of_nodes.sigma),
+            *(out.page, out.parts, out.spread, out.node, out.mass, out.total, out.listed),
+            *(choice.pages, choice.correction, listed, scratch.keys, scratch.taken, scratch.beam),
+            *(arrivals(query.device, batch * kv_heads), float(scale), float(plan.logit_cap)),
+            *(float(plan.top_p), steps.sparse_from, steps.far_from),
+            *(pages, summaries.pages, count, of_nodes.pages),
+            *(len(columns), columns.far, columns.head, columns.beam, out.mass.shape[2]),
+            *(budget, listed.shape[2], scratch.keys.shape[2], scratch.taken.shape[2]),
+            *(plan.sink_pages, plan.window_pages),
             PAGE=PAGE_SIZE,
-            NODE=0 if nodes is None else NODE_PAGES,
+            NODE=0 if steps.nodes is None else NODE_PAGES,
             BEAM=beam,
+            LOOKS=looks,
+            TOP_P=plan.top_p < 1,
             MEANS=means,
             GROUP=group,
             GUARD=GUARDS[plan.remainder],
@@ -120,49 +103,68 @@ def score(
             BLOCK=triton.next_power_of_2(width),
             ROWS=rows_of_group(group),
             TILE=PAGES_A_TILE,
-            # a wider head spills with four
-            num_warps=4 if width <= 128 else 8,
+            ENTRIES=ENTRIES_A_TILE,
+            KEYS=KEYS_A_TILE,
+            num_warps=8 if crowded or (steps.nodes is not None and not beam) else 4,
+            # a tile is read while other programs multiply theirs: two at once would halve these
+            num_stages=1,
+            # left alone, the assembler spills to have more programs at once
+            maxnreg=255,
         )
-
-    launch(node_tiles + edge_tiles, 0, beam=False)
-    if nodes is not None:
-        choose_beam(nodes, steps, plan, held, out.mass, edge_tiles)
-        launch(beam_tiles, node_tiles + edge_tiles, beam=True)
 
 
 @triton.jit
-def _score(
+def _weigh(
     query,
     token,
     own_pages,
+    kept_rows,
+    reuses,
+    table,
+    node_table,
     mean,
     sigma,
-    table,
     node_mean,
     node_sigma,
-    node_table,
-    listed,
     page_out,
     parts_out,
     spread_out,
     node_out,
     mass_out,
+    total_out,
+    listed_pages,
+    chosen,
+    correction,
+    listed,
+    keys,
+    taken,
+    beam,
+    counters,
     scale,
     cap,
-    columns,
-    head_pages,
-    beam_pages,
-    window,
+    top_p,
+    sparse_from,
+    nodes_from,
     pages,  # of the table
     pool_pages,  # that the summaries have room for
     nodes,  # of their table
     pool_nodes,
-    first_tile,  # of ``mass_out``
-    node_tiles,  # the first programs weigh nodes
-    tiles,
+    columns,  # room
+    far_columns,
+    head_pages,
+    beam_pages,
+    room,  # for masses
+    budget,
+    wanted,  # entries of the list, or, without a look, the budget
+    places,  # room for keys
+    takes,  # room for keys that are taken
+    sink,
+    window,
     PAGE: tl.constexpr,
     NODE: tl.constexpr,
     BEAM: tl.constexpr,
+    LOOKS: tl.constexpr,
+    TOP_P: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
     GUARD: tl.constexpr,
@@ -171,121 +173,139 @@ def _score(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(2)
+    here = request * kv_heads + head
     own = tl.load(own_pages + request)
+    sparse = own >= sparse_from
+    far = sparse & (own >= nodes_from)
     row = tl.arange(0, ROWS)
-    here = (request * kv_heads + head) * GROUP + row  # of a row of [B * Hq]
-    d = tl.arange(0, BLOCK)
-    real = (row < GROUP)[:, None] & (d < WIDTH)[None, :]
-    asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
-    q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
-    q = q.to(tl.float32) * scale
+    real = row < GROUP
+    rows = here * GROUP + row  # of [B * Hq]
     across = tl.num_programs(1) * kv_heads * GROUP * columns  # from a part to the next
-    lane = tl.arange(0, TILE)
-    is_node = tile < node_tiles
-    column = (tile - node_tiles) * TILE + lane
-    last = columns
+    listed_pages += here * far_columns
+
+    # first the nodes' tiles, then those of pages that are known: all, or head and tail
+    node_end = tl.full((), 0, tl.int64)
+    weighed = tl.minimum(own, columns)
+    if NODE > 0:
+        node_end = tl.minimum(nodes_end(own, head_pages, window, NODE), nodes)
+        node_end = tl.where(far, node_end, 0)
+        weighed = tl.where(far, far_columns - beam_pages, weighed)
+    node_tiles = tl.cdiv(node_end, TILE).to(tl.int32)
+    tiles = node_tiles + tl.cdiv(weighed, TILE).to(tl.int32)
+    first_tile = tl.full((), 0, tl.int32)
+    count = tl.where(sparse, tiles, 0)
     if BEAM:
-        column += head_pages
-        last = head_pages + beam_pages
-    if NODE > 0 and not BEAM:
-        # the pages before and after the nodes, while the beam is not known
-        past = nodes_end(own, head_pages, window, NODE) * NODE + column - head_pages
-        page = tl.where(column < head_pages, column, past)
-        page = tl.where(page < own, page, -1)
-        column = tl.where(column < head_pages, column, column + beam_pages)
-    else:
-        listed += (request * kv_heads + head) * columns
-        page = page_of(column, last, own, listed, NODE)
-    seen = (column < last) & (page >= 0)
-    place = tl.load(table + request * pages + page, mask=seen & ~is_node, other=0)
-    if NODE > 0 and not BEAM:
-        node = tile * TILE + lane
-        end = tl.minimum(nodes_end(own, head_pages, window, NODE), nodes)
-        inside = (node >= head_pages // NODE) & (node < end)
-        of_node = tl.load(node_table + request * nodes + node, mask=inside & is_node, other=0)
-        if is_node:
-            total = _weigh(
-                q, node_mean, node_sigma, of_node, inside, head, pool_nodes, cap,
-                node_out, parts_out, spread_out, here, node, nodes, nodes, across,
-                PAGE * NODE, MEANS, GROUP, GUARD, CAPS, False, WIDTH, BLOCK, ROWS, TILE,
-            )  # fmt: skip
+        first_tile = tiles
+        count = tl.where(far, tl.cdiv(beam_pages, TILE), 0)
+    d = tl.arange(0, BLOCK)
+    asked = (tl.load(token + request) * kv_heads + head) * GROUP + row
+    shown = sparse & real[:, None] & (d < WIDTH)[None, :]
+    q = tl.load(query + asked[:, None] * WIDTH + d[None, :], mask=shown, other=0.0)
+    q = q.to(tl.float32) * scale
+    lane = tl.arange(0, TILE)
+    for tile in range(tl.program_id(0), count, tl.num_programs(0)):
+        number = tile * TILE + lane
+        if BEAM:
+            column = head_pages + number
+            stored = number < beam_pages
+            page = tl.load(listed_pages + column, mask=stored, other=-1)
         else:
-            total = _weigh(
-                q, mean, sigma, place, seen, head, pool_pages, cap,
-                page_out, parts_out, spread_out, here, column, columns, last, across,
-                PAGE, MEANS, GROUP, GUARD, CAPS, True, WIDTH, BLOCK, ROWS, TILE,
-            )  # fmt: skip
-    else:
-        total = _weigh(
-            q, mean, sigma, place, seen, head, pool_pages, cap,
-            page_out, parts_out, spread_out, here, column, columns, last, across,
-            PAGE, MEANS, GROUP, GUARD, CAPS, True, WIDTH, BLOCK, ROWS, TILE,
-        )  # fmt: skip
-    tl.store(mass_out + here * tiles + first_tile + tile, total, mask=row < GROUP)
-
-
-@triton.jit
-def _weigh(
-    q,
-    mean,
-    sigma,
-    place,
-    seen,
-    head,
-    room,  # for summaries
-    cap,
-    out,
-    parts_out,
-    spread_out,
-    here,
-    column,
-    columns,
-    last,
-    across,
-    TOKENS: tl.constexpr,
-    MEANS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GUARD: tl.constexpr,
-    CAPS: tl.constexpr,
-    KEEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Weigh a tile of summaries of ``TOKENS`` keys each; returns its mass, a row at a time."""
-    stored = (tl.arange(0, ROWS) < GROUP)[:, None] & (column < last)[None, :]
-    there = here[:, None] * columns + column[None, :]
-    top = tl.full((ROWS, TILE), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, TILE), tl.float32)
-    for part in tl.static_range(MEANS):
-        logit = part_logits(q, mean, (head * MEANS + part) * room + place, seen, WIDTH, BLOCK)
-        if CAPS:
-            logit = soft_capped(logit, cap)
-        better = tl.maximum(top, logit)
-        total = total * tl.exp(top - better) + tl.exp(logit - better)
-        top = better
-        if KEEPS:
+            column = number - node_tiles * TILE
+            stored = (column >= 0) & (column < weighed)
+            page = column
+            if NODE > 0:
+                past = nodes_end(own, head_pages, window, NODE) * NODE + column - head_pages
+                is_tail = far & (column >= head_pages)
+                page = tl.where(is_tail, past, page)
+                column = tl.where(is_tail, column + beam_pages, column)
+            page = tl.where(stored & (page < own), page, -1)
+        seen = page >= 0
+        place = tl.load(table + request * pages + page, mask=seen, other=0)
+        if NODE > 0 and not BEAM:
+            # one product serves both: two in a kernel take twice the registers
+            is_node = tile < node_tiles
+            inside = is_node & (number >= head_pages // NODE) & (number < node_end)
+            of_node = tl.load(node_table + request * nodes + number, mask=inside, other=0)
+            place = tl.where(is_node, of_node, place)
+            seen = tl.where(is_node, inside, seen)
+            if is_node:
+                means_of, deviations, space, out, width = (
+                    node_mean, node_sigma, pool_nodes, node_out, nodes,
+                )  # fmt: skip
+            else:
+                means_of, deviations, space, out, width = (
+                    mean, sigma, pool_pages, page_out, columns,
+                )  # fmt: skip
+            at = tl.where(is_node, number, column)
+            tokens = tl.where(is_node, PAGE * NODE, PAGE) // MEANS
+            kept = stored & (tile >= node_tiles)
+            stored = tl.where(is_node, number < node_end, stored)
+        else:
+            means_of, deviations, space, out, width = mean, sigma, pool_pages, page_out, columns
+            at, tokens, kept = column, PAGE // MEANS, stored
+        top = tl.full((ROWS, TILE), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS, TILE), tl.float32)
+        there = rows[:, None] * columns + at[None, :]
+        kept = real[:, None] & kept[None, :]
+        for part in tl.static_range(MEANS):
+            summary = (head * MEANS + part) * space + place
+            logit = part_logits(q, means_of, summary, seen, WIDTH, BLOCK)
+            if CAPS:
+                logit = soft_capped(logit, cap)
+            better = tl.maximum(top, logit)
+            total = total * tl.exp(top - better) + tl.exp(logit - better)
+            top = better
             logit = tl.where(seen[None, :], logit, float("-inf"))
-            tl.store(parts_out + part * across + there, logit, mask=stored)
-    estimate = top + tl.log(total * (TOKENS // MEANS))
-    if GUARD > 0:
-        slope = 1.0
-        if CAPS:
-            slope = 1 - (top / cap) * (top / cap)
-        more = guarded(q, sigma, head * room + place, seen, slope, GUARD, WIDTH, BLOCK)
-        estimate += more
-        if KEEPS:
+            tl.store(parts_out + part * across + there, logit, mask=kept)
+        estimate = top + tl.log(total * tokens)
+        if GUARD > 0:
+            slope = 1.0
+            if CAPS:
+                slope = 1 - (top / cap) * (top / cap)
+            summary = head * space + place
+            more = guarded(q, deviations, summary, seen, slope, GUARD, WIDTH, BLOCK)
+            estimate += more
             more = tl.where(seen[None, :], more, float("-inf"))
-            tl.store(spread_out + there, more, mask=stored)
-    estimate = tl.where(seen[None, :], estimate, float("-inf"))
-    tl.store(out + there, estimate, mask=stored)
-    return log_sum_exp(estimate)
+            tl.store(spread_out + there, more, mask=kept)
+        estimate = tl.where(seen[None, :], estimate, float("-inf"))
+        stored = real[:, None] & stored[None, :]
+        tl.store(out + rows[:, None] * width + at[None, :], estimate, mask=stored)
+        mass = log_sum_exp(estimate)
+        tl.store(mass_out + rows * room + first_tile + tile, mass, mask=real)
+
+    if arrives_last(counters + here, tl.num_programs(0)) and sparse:
+        kept_row = tl.load(kept_rows + request) * kv_heads + head
+        fresh = tl.load(reuses + request) == 0
+        keys += here * places
+        taken += here * takes
+        if BEAM:
+            fresh &= far
+        elif NODE > 0:
+            fresh &= not far
+            if far:
+                held = tl.where(tl.load(reuses + request) == 0, 0, budget)
+                choose_beam(
+                    node_out, mass_out, rows, real, own, keys, taken,
+                    beam + here * (beam_pages // NODE), listed_pages,
+                    chosen + kept_row * budget, held, nodes, node_end, tiles, room, node_tiles,
+                    beam_pages // NODE, far_columns,
+                    head_pages, window, NODE, ROWS, ENTRIES, KEYS,
+                )  # fmt: skip
+        if fresh:
+            total = mass_of(mass_out + rows * room, real, first_tile + count, ROWS, ENTRIES)
+            listed += (here if LOOKS else kept_row) * wanted
+            shortlist(
+                page_out, parts_out, spread_out, total_out, total, rows, row, here, own, far,
+                listed_pages, correction + kept_row * GROUP, keys, listed, taken,
+                columns, far_columns, across, wanted, head_pages, beam_pages, sink, window, top_p,
+                LOOKS, GUARD > 0, NODE, MEANS, GROUP, ROWS, TOP_P, ENTRIES, KEYS,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, DecodeSteps, SparsePlan, Summaries
+from hip_kernels.layout import PAGE_SIZE, Choice, SparsePlan, Summaries
 from hip_kernels.select import triton as module
+from hip_kernels.select.choose import Shortlist
+from hip_kernels.select.scores import Scores
 from hip_kernels.select.weigh import page_logits
+from hip_kernels.steps import DecodeSteps
 from torch import Tensor
 
 POOL, BATCH = 90, 3
@@ -35,15 +39,23 @@ TABLE = torch.zeros(BATCH, 5, dtype=torch.int64)
 
 
 def steps_of(token: Tensor, page: Tensor, table: Tensor) -> DecodeSteps:
-    return DecodeSteps(token, page * PAGE_SIZE + 5, page, table)
+    reuses = torch.zeros(len(page), dtype=torch.int32)
+    return DecodeSteps(token, page * PAGE_SIZE + 5, page, table, torch.arange(len(page)), reuses)
 
 
-def poisoned(heads: int, pages: int, means: int) -> module.Scores:
+def poisoned(heads: int, pages: int, means: int, kv_heads: int = 2) -> Scores:
     table = torch.zeros(BATCH, pages, dtype=torch.int64)
-    out = module.Scores.of(steps_of(NOUGHT, NOUGHT, table), heads, means)
-    for tensor in (out.page, out.parts, out.spread, out.mass):
+    out = Scores.of(steps_of(NOUGHT, NOUGHT, table), heads, kv_heads, means, SparsePlan())
+    for tensor in (out.page, out.parts, out.spread, out.mass, out.total):
         tensor.fill_(float("nan"))
     return out
+
+
+def weigh(kernels: ModuleType, query, summaries, steps, plan, scale, out) -> None:
+    kv_heads = len(summaries.sigma)
+    choice = Choice.empty(BATCH, kv_heads, query.shape[1] // kv_heads, plan, "cpu")
+    scratch = Shortlist.of(out, kv_heads, plan)
+    kernels.weigh(query, summaries, None, steps, choice, plan, scale, out, scratch)
 
 
 @pytest.mark.parametrize("remainder", ["harmonic", "quadratic", "mean"])
@@ -68,12 +80,12 @@ def test_scores_equal_the_reference(
     table = torch.stack([torch.randperm(POOL)[:pages] for _ in range(BATCH)])
     # what lies beyond is no page of the pool
     table[2, 5:] = 1 << 30
-    out = poisoned(heads, pages, means)
+    out = poisoned(heads, pages, means, kv_heads)
     # the flat batch has other rows, too
     steps = steps_of(torch.tensor([4, 1, 2]), visible, table)
     flat = torch.full((5, heads, width), float("nan")).bfloat16()
     flat[steps.token] = query
-    kernels.score(flat, summaries, steps, plan, 0.1, out)
+    weigh(kernels, flat, summaries, steps, plan, 0.1, out)
     bits = {"rtol": 1e-5, "atol": 1e-5} if dtype == FULL else {"rtol": 5e-3, "atol": 5e-3}
     for request, count in enumerate(visible.tolist()):
         near = summaries.take(table[request, :count].long())
@@ -87,18 +99,21 @@ def test_scores_equal_the_reference(
         if expected.spread is not None:
             spread = out.spread[request].view(kv_heads, -1, pages)
             torch.testing.assert_close(spread[shown], expected.spread, **bits)
-        assert (out.page[request, :, count:] == float("-inf")).all()
-        assert (out.parts[:, request, :, count:] == float("-inf")).all()
+        # what is not before a step is left alone
+        assert out.page[request, :, count:].isnan().all()
+        assert out.parts[:, request, :, count:].isnan().all()
+        mass = out.page[request, :, :count].logsumexp(-1)
+        torch.testing.assert_close(out.total[request], mass, rtol=1e-5, atol=1e-5)
 
 
 def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleType) -> None:
     summaries = made(1, 64, 4, HALF)
     summaries.sigma.fill_(1000.0)
-    out = poisoned(1, 3, 4)
+    out = poisoned(1, 3, 4, 1)
     query, table = torch.randn(BATCH, 1, 64), torch.arange(9, dtype=torch.int64).view(3, 3)
     visible = torch.full((3,), 3, dtype=torch.int64)
     steps = steps_of(torch.arange(BATCH), visible, table)
-    kernels.score(query, summaries, steps, SparsePlan(), 1.0, out)
+    weigh(kernels, query, summaries, steps, SparsePlan(), 1.0, out)
     assert out.spread.isfinite().all()
 
 
@@ -108,11 +123,7 @@ def test_deviations_that_float16_cannot_square_do_not_overflow(kernels: ModuleTy
         ("query", {"query": torch.empty(BATCH, 4, 32)}),
         ("query", {"query": torch.empty(BATCH, 3, 64)}),
         ("steps.table", {"steps": steps_of(NOUGHT, NOUGHT, torch.zeros(BATCH, 5).int())}),
-        (
-            "steps.page",
-            {"steps": DecodeSteps(NOUGHT, NOUGHT, torch.zeros(BATCH + 1).long(), TABLE)},
-        ),
-        ("scores are", {"out": poisoned(4, 6, 4)}),
+        ("steps.page", {"steps": replace(steps_of(NOUGHT, NOUGHT, TABLE), page=NOUGHT[1:])}),
         ("scores.page", {"out": poisoned(6, 5, 4)}),
         ("scores.parts", {"out": poisoned(4, 5, 1)}),
         ("plan.remainder", {"plan": SparsePlan(remainder="log_cosh")}),
@@ -128,4 +139,4 @@ def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None
         "out": poisoned(4, 5, 4),
     }
     with pytest.raises(AssertionError, match=f"^{name} "):
-        module.score(**(given | change))
+        weigh(module, **(given | change))
