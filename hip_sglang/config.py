@@ -209,6 +209,11 @@ class HipConfig(BaseModel):
         return max(self.dense_threshold, self._pages.exact_pages * PAGE_SIZE)
 
     @property
+    def captures(self) -> bool:
+        """Whether CUDA graphs can hold a pass of decode steps: all of it is kernels."""
+        return self.trace is None and self._pages.has_kernels
+
+    @property
     def nodes_from(self) -> int | None:
         """The position from which on decode steps search through nodes; None: never."""
         if self.strategy == "tree" or self.decode == "dense":

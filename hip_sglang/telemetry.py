@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hip_kernels.layout import QueryBlocks, Selection
+from hip_kernels.layout import Choice, QueryBlocks, Selection, SparsePlan
+from hip_kernels.steps import DecodeSteps
 from torch import Tensor
+
+# passes of decode steps between two looks at what they added up: each look waits for the device
+PASSES_A_LOOK = 64
 
 
 class Telemetry:
@@ -63,6 +67,24 @@ class Telemetry:
         ):
             self._pending.append((metric.labels(phase), value.double()))
 
+    def observe_steps(self, totals: DecodeTotals) -> None:
+        """What passes of decode steps added up since the last time."""
+        for metric, value in zip(
+            (
+                self._blocks.labels("decode", "sparse"),
+                self._blocks.labels("decode", "dense"),
+                self._choices.labels("fresh"),
+                self._choices.labels("reused"),
+                self._visible.labels("decode"),
+                self._exact.labels("decode"),
+                self._chosen.labels("decode"),
+                self._estimated.labels("decode"),
+            ),
+            totals.read(),
+            strict=True,
+        ):
+            metric.inc(value)
+
     def flush(self) -> None:
         """Add up what was observed since the last time."""
         if self._pending:
@@ -70,6 +92,59 @@ class Telemetry:
             for (metric, _), value in zip(self._pending, values, strict=True):
                 metric.inc(value)
             self._pending.clear()
+
+
+class DecodeTotals:
+    """What passes of decode steps did, added up on the device, where a CUDA graph does it, too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._read = [0.0] * 8
+        self._estimated: list[Tensor] = []
+        self._chosen: list[Tensor] = []
+
+    def add(self, steps: DecodeSteps, choice: Choice, estimated: Tensor, plan: SparsePlan) -> None:
+        """A layer that may prune: estimated [B, Hq]."""
+        self._estimated.append(estimated)
+        if plan.top_p < 1:
+            self._chosen.append((choice.pages[steps.row] >= 0).sum(-1).double().mean(-1))
+        elif not self._chosen:
+            between = steps.page - plan.sink_pages - plan.window_pages
+            self._chosen.append(between.clamp(0, choice.pages.shape[2]).double())
+
+    def end_pass(self, steps: DecodeSteps, layers: int, plan: SparsePlan) -> None:
+        """Of ``layers`` in all: add up what those that may prune did."""
+        pruning = len(self._estimated)
+        # padding of a graph stands at a position that no decode step has
+        real = steps.position > 0
+        sparse = (real & (steps.page >= steps.sparse_from)).double()  # [B]
+        blocks = sparse.sum() * pruning
+        reused = (sparse * steps.reuses).sum() * pruning
+        chosen = estimated = sparse.sum() * 0
+        if pruning:
+            chosen = (torch.stack(self._chosen).sum(0) * sparse).sum()
+            chosen = chosen * (pruning / len(self._chosen))
+            estimated = (torch.stack(self._estimated).double().mean(-1).sum(0) * sparse).sum()
+        fixed = plan.sink_pages + plan.window_pages + 1
+        self._sums += torch.stack(
+            [
+                blocks,
+                real.sum() * layers - blocks,
+                blocks - reused,
+                reused,
+                ((steps.page + 1) * sparse).sum() * pruning,
+                chosen + fixed * blocks,
+                chosen,
+                estimated,
+            ]
+        )
+        self._estimated.clear()
+        self._chosen.clear()
+
+    def read(self) -> list[float]:
+        """What was added since the last time; waits for the device."""
+        before, self._read = self._read, self._sums.tolist()
+        return [now - then for now, then in zip(self._read, before, strict=True)]
 
 
 def per_head(pages: Tensor) -> Tensor:

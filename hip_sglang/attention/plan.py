@@ -35,10 +35,8 @@ class NodePlan:
         start: int,
         seq_lens: list[int],
         page_table: Tensor,
-        completed: Tensor,
     ) -> NodePlan | None:
         """None where no request is long enough."""
-        directory.forget(completed)
         pages = (torch.tensor(seq_lens, device=page_table.device) - 1) // PAGE_SIZE
         count = (pages // NODE_PAGES).where(pages * PAGE_SIZE >= start, 0)  # [B]
         most = int(count.max()) if len(seq_lens) else 0
@@ -90,14 +88,13 @@ class ForwardPlan:
             prompts = len(seq_lens) - getattr(names, "decode_steps", 0)
         decodes = torch.arange(len(seq_lens)) >= prompts
         longest = max(seq_lens, default=0)
-        # a page is 64 slots in a row, so its first token tells where it is
-        first_slots = req_to_token[batch.req_pool_indices, :longest:PAGE_SIZE]
-        page_table = first_slots.long() // PAGE_SIZE
-        completed = completed_pages(prefix_lens, seq_lens, page_table)
         rows = batch.req_pool_indices.long()
+        page_table = page_tables(req_to_token, rows, longest)
+        completed = completed_pages(prefix_lens, seq_lens, page_table)
         nodes, reuses = None, None
         if directory is not None and config.nodes_from is not None:
-            nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table, completed)
+            directory.forget(completed)
+            nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table)
         if cache is not None:
             lengths = torch.tensor(seq_lens, device=rows.device)
             reuses = cache.step(rows, decodes.to(rows.device), lengths, config.start).cpu()
@@ -112,6 +109,14 @@ class ForwardPlan:
             nodes=nodes,
             reuses=reuses,
         )
+
+    def prunes(self, layer: LayerPlan) -> bool:
+        """Whether a query of this pass does not attend to every page in a layer."""
+        for length, decode in zip(self.seq_lens, self.decodes.tolist(), strict=True):
+            limit = layer.sparse_decode_from if decode else layer.sparse_from
+            if limit is not None and (length - 1) // PAGE_SIZE * PAGE_SIZE >= limit:
+                return True
+        return False
 
     def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
         """The query blocks of a layer; layers of the same thresholds share them."""
@@ -129,6 +134,13 @@ class ForwardPlan:
                 reuses=self.reuses,
             )
         return self._blocks[key]
+
+
+def page_tables(req_to_token: Tensor, rows: Tensor, longest: int) -> Tensor:
+    """The physical pages [B, P] of requests in rows [B] of SGLang's table of slots."""
+    # a page is 64 slots in a row, so its first token tells where it is
+    first_slots = req_to_token[:, :longest:PAGE_SIZE].index_select(0, rows)
+    return first_slots.long() // PAGE_SIZE
 
 
 def completed_pages(prefix_lens: list[int], seq_lens: list[int], page_table: Tensor) -> Tensor:

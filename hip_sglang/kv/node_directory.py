@@ -19,13 +19,14 @@ class NodeDirectory:
 
     def __init__(self, pages: int, requests: int, device: torch.device | str) -> None:
         self.places = pages // NODE_PAGES + requests
-        self._place = torch.full((pages,), -1, device=device)  # of the node that ends at a page
-        self._end = torch.full((self.places,), -1, device=device)  # where the node in a place ends
+        self.device = device
+        # each has one entry more, the last, which is what -1 leads to
+        self._place = torch.full((pages + 1,), -1, device=device)  # of the node that ends at a page
+        self._end = torch.full((self.places + 1,), -1, device=device)  # where the node there ends
 
     def forget(self, pages: Tensor) -> None:
-        """Physical pages [C] were written anew: what ended there is gone."""
-        places = self._place[pages]
-        self._end[places[places >= 0]] = -1
+        """Physical pages [C] were written anew: what ended there is gone. -1 is no page."""
+        self._end[self._place[pages]] = -1
         self._place[pages] = -1
 
     def find(self, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,6 @@ class NodeDirectory:
         spare = free.nonzero().flatten()
         # first what holds nothing, then what no running request asked for
         spare = spare[(self._end[spare] >= 0).int().argsort(stable=True)][: len(ends)]
-        evicted = self._end[spare]
-        self._place[evicted[evicted >= 0]] = -1
+        self._place[self._end[spare]] = -1
         self._end[spare] = ends
         self._place[ends] = spare

@@ -71,6 +71,8 @@ def check_arguments(args: Any) -> None:
 
 def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
     """Each as (asked for, what it is, what to do instead)."""
+    from sglang.srt.environ import envs
+
     return [
         (
             args.speculative_algorithm is not None,
@@ -103,6 +105,11 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
             "choose another --attention-backend",
         ),
         (args.enable_hisparse, "HiSparse (--enable-hisparse)", "choose one of the two"),
+        (
+            envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get(),
+            "graphs of metadata (SGLANG_ENABLE_METADATA_GLUE_GRAPH): it finds nodes on the host",
+            "unset that variable",
+        ),
         (
             args.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
             f"--kv-cache-dtype {args.kv_cache_dtype}",

@@ -79,8 +79,8 @@ def settle_backend(server_args: Any) -> None:
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
-    # HipAttentionBackend has no captured path yet
-    _disable_graphs(server_args)
+    if cfg.device == "cpu" or not doors.config_of(server_args).captures:
+        _disable_graphs(server_args)
     if cfg.device != "cpu" and server_args.mem_fraction_static is None:
         # SGLang fills its share with KV and knows nothing of the summaries beside it
         fp8 = cfg.kv_cache_dtype.startswith("fp8")

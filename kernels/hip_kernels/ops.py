@@ -54,7 +54,8 @@ def attend_steps(
     """Attend decode steps of every kind in the same launches, where ``plan.has_kernels``.
 
     query [T, Hq, D]; out [T, Hq, Dv]. A step that prunes attends to what stands in its row of
-    ``choice`` [R, ...]; one that does not reuse that chooses it anew. ``nodes`` are the summaries
+    ``choice`` [R, ...]; one that does not reuse that chooses it anew, and for those that do
+    ``plan.beam`` has as many nodes as a choice has pages. ``nodes`` are the summaries
     that ``steps.nodes`` leads to; ``estimated`` [B, Hq] becomes the share of each row's softmax
     that went to estimated pages. Nothing waits for the GPU.
     """
@@ -64,7 +65,10 @@ def attend_steps(
 
 
 def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
-    """Summarise complete pages [C], physical, from stored keys and values into ``out``."""
+    """Summarise complete pages [C], physical, from stored keys and values into ``out``.
+
+    -1 is none: kernels pass it over, so that as many are launched for every decode step.
+    """
     _summaries(out).summarize(kv, pages, out)
 
 

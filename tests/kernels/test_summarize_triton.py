@@ -63,7 +63,8 @@ def test_pages_and_nodes_equal_the_reference(
     kv = replace(pool_of(heads, width, value_width, stored), key_scale=0.5, value_scale=2.0)
     found, expected = (poisoned(PAGES, heads, width, value_width, means, kept) for _ in range(2))
     pages = torch.randperm(PAGES)[:9]
-    kernels.summarize(kv, pages, found)
+    # -1 is no page
+    kernels.summarize(kv, torch.cat([pages[:4], torch.tensor([-1]), pages[4:]]), found)
     reference.summarize(kv, pages, expected)
     assert_same(found, expected)
     assert found.mean.isnan().any()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE
 
+from hip_sglang.attention.decode_plan import NodeTables
 from hip_sglang.attention.plan import NodePlan, completed_pages
 from hip_sglang.kv.node_directory import NodeDirectory
 
 POOL, REQUESTS = 200, 6
+START = 16 * PAGE_SIZE
 
 
 class Scheduler:
@@ -18,9 +20,13 @@ class Scheduler:
     ``content`` numbers what each page holds, ``nodes`` what each place was made of.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, by_tables: bool) -> None:
         self.random = random.Random(seed)
         self.directory = NodeDirectory(POOL, REQUESTS, "cpu")
+        self.tables: NodeTables | None = None
+        if by_tables:
+            self.tables = NodeTables(self.directory, START, REQUESTS, POOL, self.make)
+            self.updates = 0
         self.free = list(range(POOL))
         self.random.shuffle(self.free)
         self.running: list[tuple[list[int], int]] = []  # pages, tokens
@@ -79,37 +85,75 @@ class Scheduler:
         for row, (pages, _) in enumerate(self.running):
             table[row, : len(pages)] = torch.tensor(pages)
         completed = completed_pages(prefixes, lengths, table)
-        plan = NodePlan.of(self.directory, 16 * PAGE_SIZE, lengths, table, completed)
-        if plan is None:
-            return
-        for place, pages in zip(plan.new_places.tolist(), plan.new_pages.tolist(), strict=True):
-            self.nodes[place] = [self.content[page] for page in pages]
-            self.made += 1
+        if self.tables and all(
+            n == before + 1 for n, before in zip(lengths, prefixes, strict=True)
+        ):
+            found = self.of_decodes(lengths, table)
+            # in a graph a request that completes no page names none
+            completed = torch.cat([completed, torch.tensor([-1])])
+            self.directory.forget(completed)
+        else:
+            self.directory.forget(completed)
+            plan = NodePlan.of(self.directory, START, lengths, table)
+            if self.tables:
+                self.tables.forget()
+            if plan is None:
+                return
+            self.make(plan)
+            found = plan.table
         for row, (pages, tokens) in enumerate(self.running):
             count = (tokens - 1) // PAGE_SIZE // NODE_PAGES
-            if (tokens - 1) // PAGE_SIZE < 16:
+            if (tokens - 1) // PAGE_SIZE * PAGE_SIZE < START:
                 continue
             for node in range(count):
                 children = pages[node * NODE_PAGES : (node + 1) * NODE_PAGES]
-                held = self.nodes[int(plan.table[row, node])]
+                held = self.nodes[int(found[row, node])]
                 assert held == [self.content[page] for page in children]
 
+    def make(self, plan: NodePlan) -> None:
+        for place, pages in zip(plan.new_places.tolist(), plan.new_pages.tolist(), strict=True):
+            self.nodes[place] = [self.content[page] for page in pages]
+            self.made += 1
 
+    def of_decodes(self, lengths: list[int], table: torch.Tensor) -> torch.Tensor:
+        assert self.tables is not None
+        slots = torch.zeros(len(table), POOL * PAGE_SIZE, dtype=torch.int32)
+        slots[:, : table.shape[1] * PAGE_SIZE : PAGE_SIZE] = table * PAGE_SIZE
+        self.tables.update(lengths, torch.arange(len(table)), slots)
+        return self.tables.of(len(table))
+
+
+@pytest.mark.parametrize("by_tables", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_node_is_always_that_of_its_pages(seed: int) -> None:
-    scheduler = Scheduler(seed)
+def test_a_node_is_always_that_of_its_pages(seed: int, by_tables: bool) -> None:
+    scheduler = Scheduler(seed, by_tables=by_tables)
     for _ in range(400):
         scheduler.step()
     assert scheduler.made > 20
+
+
+def test_a_pass_in_which_nothing_changed_looks_for_no_node() -> None:
+    directory = NodeDirectory(64, 2, "cpu")
+    made: list[NodePlan] = []
+    tables = NodeTables(directory, 0, 2, 64, made.append)
+    slots = torch.arange(64 * PAGE_SIZE)[None].int()
+    row = torch.tensor([0])
+    start = 2 * NODE_PAGES * PAGE_SIZE - 1
+    for length in range(start, start + 4):
+        tables.update([length], row, slots)
+    # at first, and when the second node was full
+    assert [len(plan.new_places) for plan in made] == [1, 1]
+    tables.forget()
+    tables.update([start + 4], row, slots)
+    assert [len(plan.new_places) for plan in made] == [1, 1, 0]
 
 
 def test_a_second_step_makes_nothing_anew() -> None:
     directory = NodeDirectory(64, 2, "cpu")
     table = torch.randperm(64)[None]
     length = 40 * PAGE_SIZE + 5
-    nothing = torch.arange(0)
-    first = NodePlan.of(directory, 0, [length], table, nothing)
-    second = NodePlan.of(directory, 0, [length + 1], table, nothing)
+    first = NodePlan.of(directory, 0, [length], table)
+    second = NodePlan.of(directory, 0, [length + 1], table)
     assert first is not None
     assert second is not None
     assert len(first.new_places) == 5
@@ -121,8 +165,9 @@ def test_a_page_that_is_written_anew_takes_its_node_with_it() -> None:
     directory = NodeDirectory(64, 2, "cpu")
     table = torch.arange(64)[None]
     length = 40 * PAGE_SIZE + 5
-    assert NodePlan.of(directory, 0, [length], table, torch.arange(0)) is not None
-    plan = NodePlan.of(directory, 0, [length], table, torch.tensor([15, 20]))
+    assert NodePlan.of(directory, 0, [length], table) is not None
+    directory.forget(torch.tensor([15, 20]))
+    plan = NodePlan.of(directory, 0, [length], table)
     assert plan is not None
     assert plan.new_pages.tolist() == [list(range(8, 16))]
 
@@ -130,8 +175,8 @@ def test_a_page_that_is_written_anew_takes_its_node_with_it() -> None:
 def test_short_requests_have_no_nodes() -> None:
     directory = NodeDirectory(64, 2, "cpu")
     table = torch.arange(64).view(2, 32)
-    assert NodePlan.of(directory, 2048, [2048, 100], table, torch.arange(0)) is None
-    plan = NodePlan.of(directory, 2048, [2049, 2048], table, torch.arange(0))
+    assert NodePlan.of(directory, 2048, [2048, 100], table) is None
+    plan = NodePlan.of(directory, 2048, [2049, 2048], table)
     assert plan is not None
     assert plan.new_pages[:, -1].tolist() == [7, 15, 23, 31]
 

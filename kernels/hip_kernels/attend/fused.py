@@ -25,6 +25,7 @@ from hip_kernels.select.best import best_pages
 from hip_kernels.select.choose import Shortlist, look
 from hip_kernels.select.scores import Scores
 from hip_kernels.select.triton import weigh
+from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import NO_PAGE, DecodeSteps
 
 WIDEST_OF_BLOCKS = 128
@@ -95,6 +96,8 @@ def _attend_rows(
 ) -> Selection | None:
     """Decode steps beside prompts, and the last rows of these."""
     steps = DecodeSteps.of(blocks, reuses=choice is not None)
+    if choice is not None and steps.nodes is not None:
+        check_beam(plan, choice.pages)
     if choice is None:
         group = query.shape[1] // kv.kv_heads
         choice = Choice.empty(len(steps), kv.kv_heads, group, plan, query.device)

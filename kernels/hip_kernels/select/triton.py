@@ -16,7 +16,6 @@ from hip_kernels.select.best import KEYS_A_TILE
 from hip_kernels.select.choose import Shortlist, shortlist
 from hip_kernels.select.nodes import choose_beam, nodes_end
 from hip_kernels.select.scores import Scores, tiles_of
-from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import DecodeSteps
 from hip_kernels.tiles import (
     ENTRIES_A_TILE,
@@ -70,7 +69,6 @@ def weigh(
         assert nodes is not None, "these steps search through nodes; there are none"
         check_summaries("nodes", nodes, kv_heads)
         assert nodes.mean.shape[1] == means, "nodes and pages have as many means"
-        check_beam(plan, choice.pages)
         of_nodes, node_table = nodes, steps.nodes
     group = heads // kv_heads
     tiles = tiles_of(columns, count)

@@ -15,7 +15,7 @@ from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
 
 
 def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
-    """Summarise complete pages from stored keys and values into ``out``; pages [C] physical."""
+    """Summarise complete pages [C], physical, into ``out``; -1 is none (``ops.summarize``)."""
     check("kv.key", kv.key, (None, kv.kv_heads, out.mean.shape[-1]))
     check("kv.value", kv.value, (len(kv.key), kv.kv_heads, out.value.shape[-1]))
     check("pages", pages, (None,), torch.int64)
@@ -79,6 +79,8 @@ def _summarize(
     VALUE_BLOCK: tl.constexpr,
 ):
     page = tl.load(pages + tl.program_id(0))
+    if page < 0:
+        return
     head = tl.program_id(1).to(tl.int64)
     row = (page * PAGE + tl.arange(0, PAGE)) * tl.num_programs(1) + head  # of the pool
     d = tl.arange(0, BLOCK)
