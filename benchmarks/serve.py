@@ -3,7 +3,10 @@
 The built-in retrieval model reads a document cold and continues a quote from it: HiP against our
 keep-all, which is the same code with nothing pruned. Two servers are alive and one is busy: each
 round asks both, the first in turn, so that what the machine does meanwhile falls on both. An idle
-server sleeps; both together hold 8 KiB a token. Each round begins with an empty radix cache.
+server sleeps; both together hold 8 KiB a token. Each round begins with an empty radix cache. On a
+GPU one server has it to itself, and then the next; `--model` names a directory of weights and
+`tokenizer.json` in place of the built-in model, and `--sglang` adds the attention backend that
+SGLang chooses by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.architecture import MAX_POSITION
@@ -86,16 +90,29 @@ class Contestant:
         return measure_speed(self._url, text, prompt, tokens=self._prompts.new)
 
 
-def run_rounds(
-    ways: dict[str, tuple[str, ...]], prompts: Prompts, folder: Path, rounds: int
+def run(
+    ways: dict[str, tuple[str, ...]], prompts: Prompts, model: Path, folder: Path, rounds: int
 ) -> Samples:
     """Measurements by name, one a round; all servers are gone afterwards."""
+    if not torch.cuda.is_available():
+        return run_rounds(ways, prompts, model, folder, rounds)
+    # a server takes its share of what the GPU has
+    found: Samples = {}
+    for name, arguments in ways.items():
+        found |= run_rounds({name: arguments}, prompts, model, folder, rounds)
+    return found
+
+
+def run_rounds(
+    ways: dict[str, tuple[str, ...]], prompts: Prompts, model: Path, folder: Path, rounds: int
+) -> Samples:
+    """Measurements by name of servers that are alive together."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_TUNING)}
     with ExitStack() as stack:
         contestants = {}
         for name, arguments in ways.items():
             common = (
-                *("--model-path", str(folder / "model")),
+                *("--model-path", str(model)),
                 *("--context-length", str(prompts.context)),
                 *("--max-total-tokens", str(prompts.context + _SPARE)),
                 "--sleep-on-idle",
@@ -118,12 +135,16 @@ def run_rounds(
 
 
 def ratios(samples: Samples) -> dict[str, list[float]]:
-    """How many times faster than keep-all we were, round by round."""
-    pairs = list(zip(samples["ours"], samples["keep_all"], strict=True))
-    return {
-        "ttft": [other.ttft_s / ours.ttft_s for ours, other in pairs],
-        "decode": [ours.decode_tokens_per_s / other.decode_tokens_per_s for ours, other in pairs],
-    }
+    """How many times faster than keep-all we were, and than SGLang by itself, round by round."""
+    found = {}
+    for name, suffix in (("keep_all", ""), ("sglang", "_sglang")):
+        pairs = list(zip(samples["ours"], samples.get(name, []), strict=False))
+        if pairs:
+            found[f"ttft{suffix}"] = [other.ttft_s / ours.ttft_s for ours, other in pairs]
+            found[f"decode{suffix}"] = [
+                ours.decode_tokens_per_s / other.decode_tokens_per_s for ours, other in pairs
+            ]
+    return found
 
 
 @contextmanager
@@ -146,6 +167,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hip-config", help="JSON text or a path")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="instead of the built-in model")
+    parser.add_argument(
+        "--sglang", action="store_true", help="also the backend that SGLang chooses by itself"
+    )
     parser.add_argument(
         "--torch-native", type=int, metavar="CONTEXT",
         help="also SGLang's torch_native, at a context that it can bear: values, no ratio",
@@ -159,29 +184,38 @@ def main(argv: list[str]) -> int:
         contexts["torch_native"] = args.torch_native
     for name, context in contexts.items():
         at_least(CHUNK, **{name: context})
-        if context > MAX_POSITION:
+        if args.model is None and context > MAX_POSITION:
             raise ValueError(
                 f"--{name.replace('_', '-')} {context}: the built-in model has "
                 f"{MAX_POSITION:,} positions"
             )
         if args.new > context // 2:
             raise ValueError(f"--new {args.new}: give at most half of the context, {context:,}")
+    if args.model is not None and not (args.model / "tokenizer.json").is_file():
+        raise ValueError(
+            f"--model {args.model}: there is no tokenizer.json; give the directory of a model"
+        )
     config = HipConfig.load(args.hip_config)
     given = () if args.hip_config is None else ("--hip-config", args.hip_config)
 
     with unwind_on_signals(), workspace() as folder:
-        write_model(folder / "model")
-        prompts = Prompts.make(folder / "model", args.context, args.new)
+        model = args.model or folder / "model"
+        if args.model is None:
+            write_model(model)
+        prompts = Prompts.make(model, args.context, args.new)
         ways = {"ours": (*HIP, *given), "keep_all": (*HIP, "--hip-preset", "dense")}
-        samples = run_rounds(ways, prompts, folder, args.rounds)
+        if args.sglang:
+            ways["sglang"] = ()
+        samples = run(ways, prompts, model, folder, args.rounds)
         if args.torch_native is not None:
-            shorter = Prompts.make(folder / "model", args.torch_native, args.new)
+            shorter = Prompts.make(model, args.torch_native, args.new)
             native = {"torch_native": ("--attention-backend", "torch_native")}
-            samples |= run_rounds(native, shorter, folder, args.rounds)
+            samples |= run(native, shorter, model, folder, args.rounds)
 
     shape = {
         "context": args.context, "new": args.new, "rounds": args.rounds,
         "torch_native": args.torch_native,
+        "model": args.model.name if args.model else "built-in",
         "hip": config.model_dump(mode="json", exclude_defaults=True),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
@@ -205,5 +239,5 @@ def report(shape: dict[str, Any], samples: Samples, *, as_json: bool, keep: bool
         for name in samples:
             values[f"{name}_ttft_s"] = round(middle[f"{name}.ttft"], 3)
             values[f"{name}_decode_tokens_per_s"] = round(middle[f"{name}.decode"], 2)
-        medians = {name: round(middle[f"ratio.{name}"], 2) for name in ("ttft", "decode")}
+        medians = {name: round(middle[f"ratio.{name}"], 2) for name in ratios(samples)}
         print(json.dumps({"bench": "serve", "config": shape, "ratios": medians, "values": values}))

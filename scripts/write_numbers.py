@@ -36,6 +36,7 @@ def numbers() -> str:
             "are random and drift. *Dense* is the better of two dense attentions over contiguous "
             "memory; *keep-all* is our own code with nothing pruned.",
             attention_table(),
+            *gpu_section(),
             *serve_section(),
             *fidelity_section(),
             "## The demo",
@@ -124,6 +125,37 @@ def attention_words() -> str:
     raise ValueError("no decode row at 131072 in attention.csv; hip-sglang bench attention --save")
 
 
+def gpu_section() -> list[str]:
+    """Whole steps only; the parts of each are in the file."""
+    path = RESULTS / "gpu_attention.csv"
+    if not path.exists():
+        return []
+    shape = ("device", "model", "context", "batch", "chunk", "plan", "what", "step")
+    with path.open(newline="", encoding="utf-8") as file:
+        # a newer run of the same takes its place
+        newest = {tuple(row[name] for name in shape): row for row in csv.DictReader(file)}
+    rows = [
+        [
+            row["device"],
+            f"{row['model']} ({row['heads']}/{row['kv_heads']}/{row['width']})",
+            f"{int(row['chunk']):,} of {int(row['context']):,}, batch {row['batch']}",
+            f"{row['what']}, {row['step']}; {row['plan']}",
+            f"{float(row['p50_us']):,.0f} us",
+            f"**{float(row['ratio']):.1f}x** {row['against']}" if row["ratio"] else "-",
+            f"{row['date']}, {row['git_sha']}",
+        ]
+        for row in newest.values()
+        if row["what"] in ("total", "keep_all")
+    ]
+    head = ["GPU", "model", "rows of context", "step", "ours", "fastest dense / ours", "where"]
+    return [
+        "## One layer's attention on a GPU",
+        "`python benchmarks/gpu/attention.py`. A *refresh* step chooses, a *cached* one attends to "
+        "what was chosen; *keep_all* is our own code with nothing pruned.",
+        table(head, rows),
+    ]
+
+
 def serve_section() -> list[str]:
     if not (found := runs("serve")):
         return []
@@ -134,15 +166,26 @@ def serve_section() -> list[str]:
         first, then = (float(metrics[f"{name}.{metric}"]["p50"]) for metric in ("ttft", "decode"))
         return f"{first:,.1f} s, {then:.1f} tokens/s"
 
+    def model(config: dict[str, Any]) -> str:
+        name = config.get("model", "built-in")
+        return "" if name == "built-in" else f"{name}, "
+
+    def sglang(metrics: dict[str, dict[str, str]]) -> str:
+        if "sglang.ttft" not in metrics:
+            return "-"
+        times = [ratio(metrics[f"ratio.{name}_sglang"]) for name in ("ttft", "decode")]
+        return f"{speed(metrics, 'sglang')}: {' and '.join(times)}"
+
     rows = [
         [
             f"{config['context']:,}",
-            f"`{json.dumps(config['hip'])}`" if config["hip"] else "default",
+            model(config) + (f"`{json.dumps(config['hip'])}`" if config["hip"] else "default"),
             speed(metrics, "ours"),
             speed(metrics, "keep_all"),
             *(ratio(metrics[f"ratio.{name}"]) for name in ("ttft", "decode")),
             speed(metrics, "torch_native")
             + (f" at {config['torch_native']:,}" if config["torch_native"] else ""),
+            sglang(metrics),
             where(row),
         ]
         for config, row, metrics in found
@@ -152,8 +195,8 @@ def serve_section() -> list[str]:
         "## The server",
         "`hip-sglang bench serve`: the built-in model (two layers) on the real server, one request "
         "alone, nothing cached. *Keep-all* is our own code with nothing pruned, at the same "
-        "context; the ratios are keep-all's time to ours.",
-        table([*head, "decode", "torch_native", "where"], rows),
+        "context; the ratios are keep-all's time to ours. *SGLang* is the backend that it chooses.",
+        table([*head, "decode", "torch_native", "SGLang", "where"], rows),
     ]
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan, Summaries
-from hip_kernels.summarize.triton import summarize
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan, Summaries
+from hip_kernels.summarize.triton import pool, summarize
 from torch import Tensor
 
 MEANS = 4
@@ -45,6 +45,7 @@ class Cell:
     context: int
     batch: int = 1
     chunk: int = 1
+    nodes: bool = False  # decode steps search through nodes
 
     @property
     def decodes(self) -> bool:
@@ -67,7 +68,8 @@ class Cell:
 
     def __str__(self) -> str:
         rows = "decode" if self.decodes else f"chunk {self.chunk:,}"
-        return f"{self.model}, {rows} at {self.context:,}, batch {self.batch}"
+        how = ", nodes" if self.nodes else ""
+        return f"{self.model}, {rows} at {self.context:,}, batch {self.batch}{how}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Layer:
     kv: PagedKV
     summaries: Summaries
     out: Tensor  # [T, Hq, D]
+    nodes: Summaries | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Case:
         torch.manual_seed(0)
         layers = [_layer(cell, count, complete, device) for _ in range(copies)]
         case = cls(cell, plan, layers, table.to(device), lengths, shared)
+        if cell.nodes:
+            case = replace(case, layers=[case.with_nodes(layer) for layer in layers])
         if lengths != [cell.context] * cell.batch:
             case.spoil_the_rest()
         return case
@@ -134,7 +139,29 @@ class Case:
             self.table,
             sparse_from=threshold,
             sparse_decode_from=threshold,
+            nodes_from=0 if self.cell.nodes and sparse else None,
+            node_table=self.node_table,
         )
+
+    @property
+    def node_table(self) -> Tensor:
+        """[B, J] where each request's nodes are."""
+        count = self.cell.pages // NODE_PAGES
+        owners = torch.arange(self.cell.batch, device=self.table.device) * (not self.shared)
+        return owners[:, None] * count + torch.arange(count, device=self.table.device)
+
+    def with_nodes(self, layer: Layer) -> Layer:
+        """Nodes of all complete pages, request by request."""
+        heads, means, _, width = layer.summaries.mean.shape
+        count = self.cell.pages // NODE_PAGES
+        owners = 1 if self.shared else self.cell.batch
+        pages = self.table[:owners, : count * NODE_PAGES].reshape(-1, NODE_PAGES)
+        nodes = Summaries.empty(
+            len(pages), heads, width, width, means=means,
+            dtype=layer.summaries.mean.dtype, device=pages.device,
+        )  # fmt: skip
+        pool(layer.summaries, pages, torch.arange(len(pages), device=pages.device), nodes)
+        return replace(layer, nodes=nodes)
 
     def on_host(self) -> Case:
         """The same numbers in float32 on the CPU, where the reference computes with them."""
@@ -148,6 +175,7 @@ class Case:
                 replace(of.kv, key=host(of.kv.key), value=host(of.kv.value)),
                 Summaries(*map(host, of.summaries.tensors)),
                 host(of.out),
+                of.nodes and Summaries(*map(host, of.nodes.tensors)),
             )
             for of in self.layers
         ]

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from hip_kernels.attend import fused
-from hip_kernels.layout import PAGE_SIZE, Choice, QueryBlocks, Selection, SparsePlan
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, QueryBlocks, Selection, SparsePlan
 from hip_kernels.summarize.triton import summarize
 
 from .cases import Case, Cell, Layer
@@ -104,7 +104,7 @@ def _attend(
     case: Case, layer: Layer, block: QueryBlocks, choice: Choice | None = None
 ) -> Selection | None:
     given = layer.query, layer.kv, layer.summaries, block, case.plan, case.scale
-    return fused.attend(*given, layer.out, choice=choice)
+    return fused.attend(*given, layer.out, layer.nodes, choice)
 
 
 def moved(cell: Cell, plan: SparsePlan, what: str, step: str) -> int:
@@ -115,9 +115,13 @@ def moved(cell: Cell, plan: SparsePlan, what: str, step: str) -> int:
     page = PAGE_SIZE * of_head * cell.dtype.itemsize  # keys, or values
     rows = of_head * cell.stored.itemsize  # one mean of every page
     context = cell.pages - 1
-    weigh = context * 5 * rows
+    weighed = context
+    if cell.nodes:
+        nodes = context // NODE_PAGES
+        weighed = nodes + min(plan.beam, nodes) * NODE_PAGES + plan.window_pages + NODE_PAGES
+    weigh = weighed * 5 * rows
     look = min(plan.second_look * plan.budget_pages, context) * page
-    attend = min(plan.exact_pages, cell.pages) * 2 * page + context * rows
+    attend = min(plan.exact_pages, cell.pages) * 2 * page + weighed * rows
     parts = {
         ("summarize", "refresh"): 2 * page + 6 * rows,
         ("select", "refresh"): weigh + look,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hip_kernels.attend import fused, reference
@@ -70,6 +70,9 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
         yield from _summaries(case)
         yield from _scores(case)
         yield from _attention(case)
+        far = Cell(model, dtype, 2560 if tiny else 16384, 2, nodes=True)
+        few = replace(plan, beam=plan.budget_pages)
+        yield from _attention(Case.make(far, few, device, lengths=[far.context, far.context - 70]))
         for length, chunk in chunks:
             prefill = Cell(model, dtype, context, 1, chunk)
             yield from _attention(Case.make(prefill, plan, device, lengths=[length]))
@@ -91,7 +94,8 @@ def _shape(case: Case) -> str:
     dtype = str(case.cell.dtype).removeprefix("torch.")
     rows = "" if case.cell.decodes else f", chunk {case.cell.chunk}"
     lengths = "+".join(map(str, case.lengths))
-    return f"{case.cell.model} {dtype}, lengths {lengths}{rows}"
+    nodes = ", nodes" if case.cell.nodes else ""
+    return f"{case.cell.model} {dtype}, lengths {lengths}{rows}{nodes}"
 
 
 def _limit(case: Case) -> float:
@@ -172,7 +176,7 @@ def _sparse(
     out = torch.full_like(layer.out, math.nan)
     found = _attend(case, layer, blocks, out)
     given = host.query, host.kv, host.summaries, there, case.plan, case.scale
-    own = reference.attend(*given, torch.empty_like(host.out))
+    own = reference.attend(*given, torch.empty_like(host.out), host.nodes)
     assert found is not None
     assert own is not None
     mine, theirs = found.choice.pages.cpu(), own.choice.pages
@@ -185,7 +189,7 @@ def _sparse(
 
     choice = Choice(mine, found.choice.correction.float().cpu())
     expected = torch.empty_like(host.out)
-    again = reference.attend(*given, expected, choice=choice)
+    again = reference.attend(*given, expected, host.nodes, choice)
     assert again is not None
     wanted = _rows(expected, there)
     errors = [
@@ -204,7 +208,7 @@ def _attend(
 ) -> Selection | None:
     plan, scale = case.plan, case.scale
     return fused.attend(
-        layer.query, layer.kv, layer.summaries, blocks, plan, scale, out, choice=choice
+        layer.query, layer.kv, layer.summaries, blocks, plan, scale, out, layer.nodes, choice
     )
 
 

@@ -17,6 +17,8 @@ from .dense import Maker, usable
 from .rows import Rows
 
 CONTEXTS = [1 << power for power in range(12, 21)]
+# from half of the default node_threshold on
+NODE_CONTEXTS = CONTEXTS[-4:]
 CHUNKS = (32768, 8192)
 PREFILLS = [1 << power for power in range(15, 20)]
 # of HBM3e in an H200, what a kernel can hope for
@@ -32,9 +34,13 @@ def cells(mode: str | None, tiny: bool) -> list[Cell]:
     if tiny:
         full = torch.float32
         found = [Cell(TINY, full, 1024), Cell(TINY, full, 512, 2), Cell(TINY, full, 1024, 1, 128)]
+        found.append(Cell(TINY, full, 2048, nodes=True))
     else:
         half = torch.bfloat16
         found = [Cell(model, half, context) for model in MODELS for context in CONTEXTS]
+        found += [
+            Cell(model, half, context, nodes=True) for model in MODELS for context in NODE_CONTEXTS
+        ]
         found += [
             Cell(model, half, context, 1, chunk)
             for model in MODELS
@@ -165,7 +171,7 @@ class Sweep:
                 "dtype": str(cell.dtype).removeprefix("torch."),
                 "model": model.name, "heads": model.heads, "kv_heads": model.kv_heads,
                 "width": model.width, "context": cell.context, "batch": cell.batch,
-                "chunk": cell.chunk, "plan": _plan(self.plan), "what": what, "step": step,
+                "chunk": cell.chunk, "plan": _plan(self.plan, cell), "what": what, "step": step,
                 "shared_kv": int(case.shared), "copies": len(case.layers),
                 "timing": self.clock(cell).kind,
                 "p20_us": f"{p20:.4g}", "p50_us": f"{p50:.4g}", "p80_us": f"{p80:.4g}",
@@ -180,9 +186,10 @@ class Sweep:
             yield row
 
 
-def _plan(plan: SparsePlan) -> str:
+def _plan(plan: SparsePlan, cell: Cell) -> str:
     pages = f"{plan.sink_pages}+{plan.window_pages}+{plan.budget_pages}"
-    return f"{pages} pages, {plan.remainder}, second look {plan.second_look}"
+    nodes = f", beam of {plan.beam} nodes" if cell.nodes else ""
+    return f"{pages} pages, {plan.remainder}, second look {plan.second_look}{nodes}"
 
 
 def _words(row: dict[str, Any]) -> str:

@@ -36,7 +36,35 @@ def save(bench: str, config: dict[str, Any], **samples: list[float]) -> None:
 
 
 def test_without_rows_there_is_no_section(write: ModuleType) -> None:
-    assert write.serve_section() == write.fidelity_section() == []
+    assert write.serve_section() == write.fidelity_section() == write.gpu_section() == []
+
+
+def test_rows_of_a_gpu_are_shown_when_there_are_any(write: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "gpu_attention.csv"
+    head = "date,git_sha,device,model,heads,kv_heads,width,context,batch,chunk,plan,what,step"
+    cell = "2026-01-02,abc1234,A GPU,a model,32,8,128,131072,1,1,a plan"
+    lines = [
+        f"{head},p50_us,ratio,against",
+        f"{cell},total,refresh,30,5,dense:fa3",
+        f"{cell},select,refresh,10,,",
+        f"{cell},total,refresh,20,7.5,dense:fa3",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    shown = write.gpu_section()[-1].splitlines()[2:]
+    assert shown == [
+        "| A GPU | a model (32/8/128) | 1 of 131,072, batch 1 | total, refresh; a plan | 20 us "
+        "| **7.5x** dense:fa3 | 2026-01-02, abc1234 |"
+    ]
+
+
+def test_sglang_by_itself_is_shown_where_it_was_asked(write: ModuleType) -> None:
+    found = {f"ratio__{name}": [2.0] for name in ("ttft", "decode", "ttft_sglang", "decode_sglang")}
+    for name in ("ours", "keep_all", "sglang"):
+        found |= {f"{name}__ttft": [3.0], f"{name}__decode": [50.0]}
+    save("serve", {**SERVE, "model": "llama"}, **found)
+    (row,) = write.serve_section()[-1].splitlines()[2:]
+    assert "| llama, default |" in row
+    assert "| 3.0 s, 50.0 tokens/s: **2.0x** (2.0-2.0) and **2.0x** (2.0-2.0) |" in row
 
 
 def test_the_newest_run_of_the_server_is_shown(write: ModuleType) -> None:

@@ -20,7 +20,12 @@ from tests.benchmarks.conftest import Rows
 serve = load_bench("serve")
 
 # of the fakes: seconds to the first token, and tokens a second then
-SPEEDS = {"ours": (2.0, 60.0), "keep_all": (8.0, 30.0), "torch_native": (4.0, 5.0)}
+SPEEDS = {
+    "ours": (2.0, 60.0),
+    "keep_all": (8.0, 30.0),
+    "torch_native": (4.0, 5.0),
+    "sglang": (6.0, 20.0),
+}
 
 
 class FakeServers:
@@ -30,6 +35,7 @@ class FakeServers:
         self.booted: dict[str, list[str]] = {}
         self.environments: list[Mapping[str, str]] = []
         self.alive: list[str] = []
+        self.most = 0
         self.measured: list[tuple[str, int]] = []  # the cold readings, and tokens an answer
         self.cached: set[str] = set()
 
@@ -41,6 +47,7 @@ class FakeServers:
         self.booted[name] = list(arguments)
         self.environments.append(environment)
         self.alive.append(name)
+        self.most = max(self.most, len(self.alive))
         yield Server(f"http://{name}", boot_s=1.0)
         self.alive.remove(name)
 
@@ -101,6 +108,29 @@ def test_each_server_gets_its_own_arguments(
     assert all("--sleep-on-idle" in arguments for arguments in servers.booted.values())
 
 
+def test_another_model_is_measured_against_sglang_by_itself(
+    servers: FakeServers, bench: Callable[..., dict[str, Any]], model_directory: Path
+) -> None:
+    arguments = ["--context", "4096", "--rounds", "1", "--sglang"]
+    found = bench("serve", *arguments, "--model", str(model_directory))
+    assert found["ratios"] == {"ttft": 4, "decode": 2, "ttft_sglang": 3, "decode_sglang": 3}
+    assert found["config"]["model"] == model_directory.name
+    for booted in servers.booted.values():
+        assert booted[booted.index("--model-path") + 1] == str(model_directory)
+    assert "--attention-backend" not in servers.booted["sglang"]
+
+
+def test_on_a_gpu_a_server_is_alone(
+    servers: FakeServers, bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.torch.cuda, "is_available", lambda: True)
+    bench("serve", "--context", "4096", "--new", "8", "--rounds", "2", "--sglang")
+    assert [name for name, _ in servers.measured] == [
+        *("ours", "ours", "keep_all", "keep_all", "sglang", "sglang")
+    ]
+    assert servers.most == 1
+
+
 def test_the_servers_do_not_inherit_how_our_threads_are_tuned(
     servers: FakeServers, bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +179,7 @@ def test_a_log_that_an_error_names_is_kept() -> None:
         (["--context", "4096", "--new", "4000"], "--new 4000: give at most half"),
         (["--new", "1"], "--new 1 is too small"),
         (["--rounds", "0"], "--rounds 0 is too small"),
+        (["--model", "/nowhere"], "--model /nowhere: there is no tokenizer.json"),
         (["--hip-config", '{"bugdet": 1}'], "did you mean budget?"),
         (["--contxt", "4096"], "unrecognized arguments: --contxt 4096"),
     ],
@@ -164,10 +195,10 @@ def test_what_cannot_be_used_is_one_line(
 def test_the_real_servers_are_measured(bench: Callable[..., dict[str, Any]], saved: Rows) -> None:
     config = '{"budget": 512, "window": 256, "dense_threshold": 0}'
     arguments = ["--context", "4096", "--new", "64", "--rounds", "1", "--hip-config", config]
-    found = bench("serve", *arguments, "--torch-native", "4096", "--save")
+    found = bench("serve", *arguments, "--torch-native", "4096", "--sglang", "--save")
     assert 3800 < found["values"]["prompt_tokens"] <= 4096
-    assert set(found["ratios"]) == {"ttft", "decode"}
+    assert set(found["ratios"]) == {"ttft", "decode", "ttft_sglang", "decode_sglang"}
     assert min(*found["ratios"].values(), *found["values"].values()) > 0
-    assert {row["metric"] for row in saved()} == {"ratio.ttft", "ratio.decode"} | {
+    assert {row["metric"] for row in saved()} == {f"ratio.{name}" for name in found["ratios"]} | {
         f"{name}.{metric}" for name in SPEEDS for metric in ("ttft", "decode")
     }
