@@ -155,6 +155,7 @@ CASES = [
     {"heads": 6, "width": 80, "value_width": 48, "dtype": HALF, "kv_dtype": HALF},
     {"heads": 8, "kv_heads": 1, "width": 64, "dtype": HALF, "kv_dtype": EIGHTH,
      "scales": (0.5, 2.0)},
+    {"heads": 2, "kv_heads": 1, "width": 160, "value_width": 136},
 ]  # fmt: skip
 SETTINGS = [
     {},
@@ -167,7 +168,7 @@ SETTINGS = [
 BOTH = [*((case, {}) for case in CASES), *(({}, settings) for settings in SETTINGS[1:])]
 
 
-@pytest.mark.parametrize(("case", "settings"), BOTH[:7], ids=str)
+@pytest.mark.parametrize(("case", "settings"), BOTH[:8], ids=str)
 def test_mass_and_scores_equal_the_reference(
     case: dict[str, Any], settings: dict[str, Any]
 ) -> None:

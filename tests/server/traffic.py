@@ -28,25 +28,27 @@ LONGEST = 6000
 NEW = 16
 # log-probabilities: other shapes add in another order
 TOLERANCE = 2e-4
-# two tokens, or two pages, that are as good: rounding decides, and what follows differs
+# two tokens that are as good: rounding decides, and what follows differs
 NEAR = 2e-3
+# two pages that are as good: the other is attended in its place, until the next choice
+NEAR_TIE = 2e-2
 
 
 @dataclass(frozen=True)
 class Answer:
     """Greedy tokens, their log-probabilities, and how far behind the second best was."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    leads: list[float]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    leads: tuple[float, ...]
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Answer:
         chosen = meta["output_token_logprobs"]
         return cls(
-            tokens=[token for _, token, _ in chosen],
-            logprobs=[value for value, _, _ in chosen],
-            leads=[best[0][0] - best[1][0] for best in meta["output_top_logprobs"]],
+            tokens=tuple(token for _, token, _ in chosen),
+            logprobs=tuple(value for value, _, _ in chosen),
+            leads=tuple(best[0][0] - best[1][0] for best in meta["output_top_logprobs"]),
         )
 
 
@@ -59,14 +61,17 @@ def differs_from_all(found: Answer, alone: Alone) -> str | None:
 
 
 def differs(found: Answer, alone: Answer) -> str | None:
-    """What kind of difference there is first: None, a flip that rounding explains, or wrong."""
+    """What kind of difference there is: None, a flip or a tie (rounding decides), or wrong."""
     steps = zip(found.tokens, found.logprobs, alone.tokens, alone.logprobs, strict=False)
+    kind = None
     for step, (token, value, expected, expected_value) in enumerate(steps):
         if token != expected:
-            return "flip" if alone.leads[step] < NEAR else "wrong"
+            return "flip" if alone.leads[step] < (NEAR_TIE if kind else NEAR) else "wrong"
+        if abs(value - expected_value) > NEAR_TIE:
+            return "wrong"
         if abs(value - expected_value) > TOLERANCE:
-            return "drift"
-    return None
+            kind = "tie"
+    return kind
 
 
 def prompts(seed: int, count: int) -> list[list[int]]:
@@ -93,6 +98,8 @@ class Traffic:
     count: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     alone: list[tuple[list[int], Alone]] = field(default_factory=list)
+    prompts: int = 0
+    ties: set[Alone] = field(default_factory=set)  # of which prompts one was seen
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin_round(self, seed: int, size: int) -> None:
@@ -105,9 +112,10 @@ class Traffic:
             # a page that decode steps completed is read by the conversation that goes on
             if len(ids) % 64 > 64 - NEW and len(ids) < LONGEST:
                 said = [generator.randrange(1, VOCABULARY) for _ in range(300)]
-                longer = ids + first.tokens + said
+                longer = [*ids, *first.tokens, *said]
                 gone_on = Answer.of(self._generate(longer)["meta_info"])
                 self.alone.append((longer, (self._cold(longer), gone_on)))
+        self.prompts += len(self.alone)
         flush(self.server)
 
     def _cold(self, ids: list[int]) -> Answer:
@@ -146,8 +154,10 @@ class Traffic:
         self._note("checked")
         if difference:
             self._note(difference)
-        if difference in ("wrong", "drift"):
-            self.wrong.append(f"{what}: {difference}: {found} instead of one of {alone}")
+        if difference == "tie":
+            self.ties.add(alone)
+        if difference == "wrong":
+            self.wrong.append(f"{what}: {found} instead of one of {alone}")
 
     def _generate(self, ids: Any, **more: Any) -> Any:
         body = {"input_ids": ids, **_sampling(NEW), **more}

@@ -28,7 +28,7 @@ from hip_kernels.select.triton import weigh
 from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import NO_PAGE, DecodeSteps
 
-WIDEST_OF_BLOCKS = 128
+WIDEST_OF_BLOCKS = 256
 
 
 def serves(blocks: QueryBlocks, plan: SparsePlan, width: int) -> bool:

@@ -17,6 +17,7 @@ from hip_kernels.select.prefill import (
     check_blocks,
     check_weighed,
     page_logits,
+    rows_of_block,
     table_stride,
     tiling,
 )
@@ -56,7 +57,8 @@ def attend(
         estimated.zero_()
         return
     choices = chosen.shape[2]
-    _rest[(heads, count)](
+    shape = tiling(summaries, plan, values=value_width)
+    _rest[(heads, count * PAGE_SIZE // shape["ROWS"])](
         *(query, *summaries.tensors),
         *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, estimated),
         *(float(scale), float(plan.logit_cap)),
@@ -65,7 +67,7 @@ def attend(
         CHOICES=triton.next_power_of_2(max(choices, 1)),
         VALUE_WIDTH=value_width,
         VALUE_BLOCK=triton.next_power_of_2(value_width),
-        **tiling(summaries, plan),
+        **shape,
     )
 
 
@@ -237,23 +239,22 @@ def _rest(
     VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
-    # the longest contexts first: blocks of a chunk are in order
-    block = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    block, row = rows_of_block(PAGE, ROWS)
     heads = tl.num_programs(0)
     kv_head = head // GROUP
-    row = tl.arange(0, PAGE)
     token = tl.load(tokens + block * PAGE + row)
     own = tl.load(page + block).to(tl.int32)
     index = tl.arange(0, CHOICES)
     listed = chosen + (block * (heads // GROUP) + kv_head) * choices + index
     taken = tl.load(listed, mask=index < choices, other=-1).to(tl.int32)
     q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
-    top = tl.full((PAGE,), float("-inf"), tl.float32)
-    total = tl.zeros((PAGE,), tl.float32)
-    mixed = tl.zeros((VALUE_BLOCK, PAGE), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((VALUE_BLOCK, ROWS), tl.float32)
     for start in range(sink, own - window, TILE):
         column = start + tl.arange(0, TILE)
         is_taken = tl.max((column[:, None] == taken[None, :]).to(tl.int32), 1)

@@ -36,13 +36,13 @@ def mass(
     count, heads = len(blocks), query.shape[1]
     check_weighed(query, summaries, blocks, plan)
     check("out", out, (count, heads, PAGE_SIZE), float32)
-    group = heads // len(summaries.sigma)
-    _mass[(heads, count)](
+    group, shape = heads // len(summaries.sigma), tiling(summaries, plan)
+    _mass[(heads, count * PAGE_SIZE // shape["ROWS"])](
         *(query, summaries.mean, summaries.sigma),
         *(blocks.tokens, blocks.page, blocks.table, out),
         *(float(scale), float(plan.logit_cap), table_stride(blocks), summaries.pages),
         GROUP=group,
-        **tiling(summaries, plan),
+        **shape,
     )
 
 
@@ -65,13 +65,13 @@ def score(
     check_weighed(query, summaries, blocks, plan)
     check("mass", mass, (count, heads, PAGE_SIZE), float32)
     check("out", out, (count, kv_heads, pages), float32)
-    group = heads // kv_heads
-    _best[(triton.cdiv(pages, TILE), kv_heads, count)](
+    group, shape = heads // kv_heads, tiling(summaries, plan)
+    _best[(triton.cdiv(pages, shape["TILE"]), kv_heads, count)](
         *(query, summaries.mean, summaries.sigma),
         *(blocks.tokens, blocks.position, blocks.page, blocks.table, mass, out),
         *(float(scale), float(plan.logit_cap), pages, table_stride(blocks), summaries.pages),
         GROUP=group,
-        **tiling(summaries, plan),
+        **shape,
     )
 
 
@@ -101,9 +101,14 @@ def table_stride(blocks: QueryBlocks) -> int:
     return blocks.table.shape[1] if len(blocks.table) > 1 else 0
 
 
-def tiling(summaries: Summaries, plan: SparsePlan) -> dict[str, Any]:
-    """What kernels that weigh tiles of pages are compiled for."""
+def tiling(summaries: Summaries, plan: SparsePlan, *, values: int = 0) -> dict[str, Any]:
+    """What kernels that weigh tiles of pages are compiled for, and so how many ROWS a program has.
+
+    ``values`` is how wide the rows are that they mix by these weights, if they do. Wider heads get
+    less at a time, or they spill.
+    """
     width = summaries.mean.shape[-1]
+    wide, mixes = max(width, values) > 128, values > 0
     return {
         "PAGE": PAGE_SIZE,
         "MEANS": summaries.mean.shape[1],
@@ -111,9 +116,11 @@ def tiling(summaries: Summaries, plan: SparsePlan) -> dict[str, Any]:
         "CAPS": plan.logit_cap > 0,
         "WIDTH": width,
         "BLOCK": triton.next_power_of_2(width),
-        "TILE": TILE,
+        "ROWS": PAGE_SIZE // (4 if mixes else 2) if wide else PAGE_SIZE,
+        # fewer pages are no product with values
+        "TILE": TILE // 2 if wide and not mixes else TILE,
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 3 if wide and mixes else 2,
         # left to itself ptxas aims at fewer, and spills
         "maxnreg": 255,
     }
@@ -139,18 +146,17 @@ def _mass(
     CAPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
-    # the longest contexts first: blocks of a chunk are in order
-    block = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    block, row = rows_of_block(PAGE, ROWS)
     heads = tl.num_programs(0)
-    row = tl.arange(0, PAGE)
     token = tl.load(tokens + block * PAGE + row)
     q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
     own = tl.load(page + block).to(tl.int32)
-    top = tl.full((PAGE,), float("-inf"), tl.float32)
-    total = tl.zeros((PAGE,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, own, TILE):
         column = start + tl.arange(0, TILE)
         seen = column < own
@@ -189,6 +195,7 @@ def _best(
     CAPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     kv_head = tl.program_id(1).to(tl.int64)
@@ -200,13 +207,14 @@ def _best(
     own = tl.load(page + block).to(tl.int32)
     best = tl.full((TILE,), float("-inf"), tl.float32)
     if start < own:
-        row = tl.arange(0, PAGE)
-        token = tl.load(tokens + block * PAGE + row)
-        real = tl.load(position + block * PAGE + row) >= 0
         seen = column < own
         place = tl.load(table + block * stride + column, mask=seen, other=0)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
+        PARTS: tl.constexpr = PAGE // ROWS
+        for number in range(GROUP * PARTS):
+            head = kv_head * GROUP + number // PARTS
+            row = number % PARTS * ROWS + tl.arange(0, ROWS)
+            token = tl.load(tokens + block * PAGE + row)
+            real = tl.load(position + block * PAGE + row) >= 0
             q = load_rows(query, token * heads + head, real, WIDTH, BLOCK).to(tl.float32) * scale
             logit = page_logits(
                 q, mean, sigma, kv_head, place, seen, count, cap,
@@ -216,6 +224,15 @@ def _best(
             share = tl.where(real[:, None] & seen[None, :], logit - rest[:, None], float("-inf"))
             best = tl.maximum(best, tl.max(share, 0))
     tl.store(out + (block * kv_heads + kv_head) * pages + column, best, mask=column < pages)
+
+
+@triton.jit
+def rows_of_block(PAGE: tl.constexpr, ROWS: tl.constexpr):
+    """Which block a program is of, the longest contexts first, and which rows of it: [ROWS]."""
+    PARTS: tl.constexpr = PAGE // ROWS
+    # blocks of a chunk are in order
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    return (part // PARTS).to(tl.int64), part % PARTS * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
