@@ -59,12 +59,13 @@ def variants(card: Card) -> Iterator[Variant]:
                 how = f"{width} {of(kept)}, group of {group}"
                 blocks = partial(launch_blocks, width, group, 0.0, kept)
                 yield f"keep-all prompt {how}", partial(blocks, prunes=False)
-                if width <= fused.WIDEST_OF_BLOCKS:
-                    yield f"prompt {how}", blocks
+                yield f"prompt {how}", blocks
         capped = partial(launch_blocks, width, 8, 50.0, STORED[0])
         yield f"keep-all prompt {width}, capped", partial(capped, prunes=False)
-        if width == fused.WIDEST_OF_BLOCKS:
+        if width >= 128:
             yield f"prompt {width}, capped", capped
+        enough = partial(launch_blocks, width, 8, 0.0, STORED[0], top_p=0.9)
+        yield f"prompt {width}, top_p", enough
         yield f"decode {width}, top_p", partial(launch_step, width, 8, 0.0, STORED[0])
         for group in (8, 32):
             step = partial(launch_step, width, group, 0.0, STORED[0])
@@ -114,7 +115,13 @@ def launch_step(
 
 
 def launch_blocks(
-    width: int, group: int, cap: float, stored: torch.dtype, *, prunes: bool = True
+    width: int,
+    group: int,
+    cap: float,
+    stored: torch.dtype,
+    *,
+    prunes: bool = True,
+    top_p: float = 1.0,
 ) -> None:
     """A chunk of a prompt."""
     row, table = integers(BATCH, PAGE_SIZE), integers(1, PAGES)
@@ -122,7 +129,8 @@ def launch_blocks(
     blocks = QueryBlocks(row, row, integers(BATCH), table, local, request)
     rows = BATCH * PAGE_SIZE
     query = torch.empty(rows, HEADS * group, width, dtype=torch.bfloat16, device="meta")
-    given = query, pool_of(width, stored), summaries(width, 4), blocks, SparsePlan(logit_cap=cap)
+    plan = SparsePlan(logit_cap=cap, top_p=top_p)
+    given = query, pool_of(width, stored), summaries(width, 4), blocks, plan
     fused.attend(*given, 0.1, torch.empty_like(query))
 
 

@@ -37,7 +37,7 @@ def test_each_kernel_compiles_for_a_card(card):
     # one of the many that `make kernels-check` compiles
     wanted = (
         *("pool 80, 4", "summarize 80 bfloat16, 4"),
-        *("decode 80, group of 8, nodes", "prompt 80 bfloat16"),
+        *("decode 80, group of 8, nodes", "prompt 80 bfloat16", "prompt 80, top_p"),
     )
     launches = [launch for name, launch in variants(card) if name.startswith(wanted)]
     with compiling_for(card) as compiled:
@@ -46,7 +46,7 @@ def test_each_kernel_compiles_for_a_card(card):
     kernels = {binary.kernel for binary in compiled.binaries}
     assert kernels == {
         *("_pool", "_summarize", "_weigh", "_look", "_decode"),
-        *("_mass", "_best", "_best_pages", "_exact", "_rest"),
+        *("_mass", "_best", "_best_pages", "_enough", "_exact", "_rest"),
     }
     for binary in compiled.binaries:
         assert 16 < binary.registers <= 255
@@ -63,6 +63,7 @@ def test_each_kernel_compiles_for_a_card(card):
         (partial(launch_step, *SHAPE, nodes=True, held=True), 4),
         (partial(launch_step, *SHAPE, prunes=False), 1),
         (partial(launch_blocks, *SHAPE), 5),
+        (partial(launch_blocks, *SHAPE, top_p=0.9), 6),
         (partial(launch_blocks, *SHAPE, prunes=False), 1),
     ],
     ids=lambda given: str(given.keywords) if isinstance(given, partial) else "",

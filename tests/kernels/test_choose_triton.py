@@ -185,7 +185,7 @@ def test_blocks_choose_their_best_pages(kernels: None, monkeypatch, budget: int)
     score = torch.randint(-3, 4, (4, KV_HEADS, PAGES)).float()
     score[torch.rand(score.shape) < 0.2] = NEVER
     page = torch.tensor([70, 4, 0, 33])
-    found = best.best_pages(score, page, plan)
+    found, _ = best.best_pages(score, page, plan)
     for block, own in enumerate(page.tolist()):
         for head in range(KV_HEADS):
             expected = sorted(first_of_best(score[block, head], own, plan))

@@ -22,7 +22,9 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
+from hip_kernels.select import best
 from hip_kernels.select import prefill as weighing
+from hip_kernels.select import prefill_enough as enough
 from hip_kernels.select import triton as estimating
 from hip_kernels.select.weigh import LEAST, NEVER, Context, best_of_rows
 from torch import Tensor
@@ -143,7 +145,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def kernels(
     interpreted: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (estimating, weighing, sharing, attending):
+    for module in (estimating, weighing, enough, sharing, attending):
         interpreted(module)
     # the contexts of these tests are several tiles, and no multiple of one
     monkeypatch.setattr(weighing, "TILE", 8)
@@ -187,6 +189,29 @@ def test_mass_and_scores_equal_the_reference(
         # what is no page before the block lands in a column that is thrown away
         wanted.scatter_(2, at.where(at >= 0, scores.shape[2]), share.transpose(0, 1))
         close(scores, wanted[..., :-1], here.query.dtype)
+
+
+# in half precision a share may come to the other side of the bound
+@pytest.mark.parametrize("case", [case for case in CASES if "dtype" not in case], ids=str)
+def test_what_is_enough_equals_the_reference(case: dict[str, Any]) -> None:
+    dropped = 0
+    # more than a tile of choices, of which some are none
+    plan = replace(PLAN, budget_pages=11, top_p=0.8)
+    here = Case.of(**case)
+    for blocks in here.blocks:
+        mass = here.mass(blocks, plan)
+        score = here.score(blocks, plan, mass)
+        chosen, keys = best.best_pages(score, blocks.page, plan)
+        dropped += int((chosen >= 0).sum())
+        given = here.query, here.poisoned()[1], blocks, plan, SCALE, mass, chosen, keys
+        enough.keep_enough(*given)
+        dropped -= int((chosen >= 0).sum())
+        _, selection = here.expected(blocks, plan)
+        assert selection is not None
+        expected = selection.choice.pages
+        for found, wanted in zip(chosen.flatten(0, 1), expected.flatten(0, 1), strict=True):
+            assert {*found.tolist()} - {-1} == {*wanted.tolist()} - {-1}
+    assert dropped > 0
 
 
 @pytest.mark.parametrize(("case", "settings"), BOTH, ids=str)

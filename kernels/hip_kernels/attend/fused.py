@@ -23,6 +23,7 @@ from hip_kernels.layout import (
 from hip_kernels.select import prefill as weighing_blocks
 from hip_kernels.select.best import best_pages
 from hip_kernels.select.choose import Shortlist, look
+from hip_kernels.select.prefill_enough import keep_enough
 from hip_kernels.select.scores import Scores
 from hip_kernels.select.triton import weigh
 from hip_kernels.select.weigh import check_beam
@@ -35,9 +36,8 @@ def serves(blocks: QueryBlocks, plan: SparsePlan, width: int) -> bool:
     """Whether blocks of this kind, with heads of ``width`` channels, have kernels."""
     if blocks.local is None:
         return True
-    # blocks of many rows spill with wider heads, and what is enough differs by row
-    simple = plan.top_p >= 1 and width <= WIDEST_OF_BLOCKS
-    return plan.has_kernels and (simple or blocks.tokens.shape[1] == 1)
+    # blocks of many rows spill with wider heads
+    return plan.has_kernels and (width <= WIDEST_OF_BLOCKS or blocks.tokens.shape[1] == 1)
 
 
 def attend(
@@ -75,7 +75,9 @@ def _attend_blocks(
     score = mass.new_empty(count, kv.kv_heads, blocks.table.shape[1])
     weighing_blocks.mass(query, summaries, blocks, plan, scale, mass)
     weighing_blocks.score(query, summaries, blocks, plan, scale, mass, score)
-    chosen = best_pages(score, blocks.page, plan)
+    chosen, keys = best_pages(score, blocks.page, plan)
+    if plan.top_p < 1:
+        keep_enough(query, summaries, blocks, plan, scale, mass, chosen, keys)
     estimated = torch.empty_like(mass)
     prefill.attend(query, kv, summaries, blocks, chosen, plan, scale, out, estimated)
     # rows first, then the heads of a group, as the reference has them

@@ -20,10 +20,11 @@ _BINS = tl.constexpr(256)
 KEYS_A_TILE = 1024
 
 
-def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
+def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     """The best pages between sink and window of blocks in ``page`` [N].
 
-    score [N, Hkv, P] float32 -> [N, Hkv, budget] logical pages in order, -1 where there are fewer.
+    score [N, Hkv, P] float32 -> [N, Hkv, budget] logical pages in order, -1 where there are fewer;
+    and their keys, int32: a larger one is of a better page.
     """
     blocks, kv_heads, pages = score.shape
     check("score", score, (None, None, None), torch.float32)
@@ -39,7 +40,7 @@ def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> Tensor:
         KEYS=KEYS_A_TILE,
         num_warps=4,
     )
-    return chosen
+    return chosen, taken
 
 
 @triton.jit
