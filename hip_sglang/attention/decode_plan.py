@@ -48,13 +48,13 @@ class DecodePlan:
         table = page_tables(req_to_token, rows, req_to_token.shape[1])
         own = table.gather(1, page[:, None]).squeeze(1)
         # without a cache every step chooses anew, into a row that only this pass has
-        row = torch.arange(len(rows), device=rows.device)
+        token = row = torch.arange(len(rows), device=rows.device)
         reuses = torch.zeros_like(row)
         if cache is not None:
             row = rows
             reuses = cache.step(rows, torch.ones_like(row).bool(), length, config.start)
         steps = DecodeSteps(
-            token=torch.arange(len(rows), device=rows.device),
+            token=token,
             position=position,
             page=page,
             table=table,

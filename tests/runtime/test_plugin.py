@@ -151,6 +151,7 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--decode-attention-backend", "triton"], "prefill=hip_attention with decode=triton"),
         (["--prefill-attention-backend", "torch_native"], "must serve both phases"),
         (["--tp-size", "4"], "--tp-size 4 is more than the 2 KV heads"),
+        (["--cuda-graph-backend-prefill", "full"], "leave it out, or use breakable"),
         (["--hip-config", '{"dense_layers": [0, 99]}'], "dense_layers names layer 99, but this"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -163,6 +164,33 @@ def test_a_refusal_is_one_line_and_exit_code_2(parse, capsys, args, reason):
     lines = error_lines(capsys.readouterr().err)
     assert len(lines) == 1
     assert reason in lines[0]
+
+
+def test_graphs_of_metadata_are_refused(parse, capsys, monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    with pytest.raises(SystemExit):
+        parse().resolve_once()
+    assert "finds nodes on the host; unset that variable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "decode"),
+    [("{}", "full"), ('{"preset": "paper"}', "disabled"), ('{"trace": "t.jsonl"}', "disabled")],
+)
+def test_decode_graphs_are_for_what_kernels_do(parse, tmp_path, monkeypatch, config, decode):
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
+
+    from hip_sglang.runtime import settings
+
+    monkeypatch.chdir(tmp_path)
+    server_args = parse("--device", "cuda", "--hip-config", config)
+    # what SGLang's own steps have decided by then
+    declare_resolution(
+        server_args, "test", cuda_graph_config=CudaGraphConfig(), mem_fraction_static=0.9
+    )
+    settings.settle_backend(server_args)
+    assert resolving_view(server_args).cuda_graph_config.decode.backend == decode
 
 
 def test_our_flags_without_our_backend_are_refused(parse, capsys):
