@@ -115,8 +115,10 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        # a capture's batch is of nobody's requests
-        if not in_capture:
+        if in_capture:
+            # of nobody's requests
+            self.plan = None
+        else:
             self._prepare(forward_batch)
         if self.dense is not None and self._leaves_some_to_dense():
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture)
@@ -129,6 +131,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def _prepare(self, forward_batch: ForwardBatch) -> None:
         """What only the host can find out about a pass."""
         self.plan = self.decode_plan = None
+        if forward_batch.forward_mode.is_idle():
+            return
         if self.telemetry is not None and self.totals is not None:
             self.passes += 1
             if self.passes % PASSES_A_LOOK == 0:

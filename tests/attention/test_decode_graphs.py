@@ -13,6 +13,7 @@ from hip_kernels.attend import fused
 from hip_kernels.layout import QueryBlocks, Selection
 from hip_kernels.summarize import triton as summarizing
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hip_sglang.attention import backend
 from hip_sglang.telemetry import DecodeTotals, per_head
@@ -195,3 +196,11 @@ def test_a_layer_that_keeps_every_page_leaves_a_pass_to_sglangs_own_backend(
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert spy.asked == asked
+
+
+def test_an_idle_rank_plans_nothing() -> None:
+    served = Served(HIP)
+    served.prompt(0, 100)
+    batch = served.batch(ForwardMode.IDLE, [0])
+    served.backend.init_forward_metadata(batch)
+    assert served.backend.plan is None
