@@ -169,7 +169,7 @@ class HipConfig(BaseModel):
     def _whole_pages(cls, tokens: int) -> int:
         return -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
-    @field_validator("beam")
+    @field_validator("beam", "node_threshold")
     @classmethod
     def _whole_nodes(cls, tokens: int) -> int:
         return -(-tokens // NODE_TOKENS) * NODE_TOKENS

@@ -7,7 +7,7 @@ from hip_kernels.layout import Choice, QueryBlocks, Selection, SparsePlan
 from hip_kernels.steps import DecodeSteps
 from torch import Tensor
 
-# passes of decode steps between two looks at what they added up: each look waits for the device
+# passes between two looks at what decode steps added up: each look waits for the device
 PASSES_A_LOOK = 64
 
 

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
     """HiP attention over SGLang's own KV pool, with page summaries beside it.
 
-    On a GPU passes of decode steps go by a ``DecodePlan``, which CUDA graphs can hold, and a layer
-    that keeps every page of a pass leaves it to ``dense``, SGLang's own backend.
+    On a GPU passes of decode steps go by a ``DecodePlan``, which CUDA graphs can hold. ``dense``,
+    SGLang's own backend, is left prompts below the threshold, and whatever a layer never prunes.
     """
 
     def __init__(self, runner: ModelRunner, config: HipConfig) -> None:
@@ -54,6 +54,9 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         on_gpu = self.req_to_token.is_cuda
         self.dense = sglangs_own(runner) if on_gpu else None
         self.captures = on_gpu and config.captures
+        self.extend_dummy_seqs_capped_by_req_pool = (
+            self.dense is not None and self.dense.extend_dummy_seqs_capped_by_req_pool
+        )
         rows, device = len(self.req_to_token), self.req_to_token.device
         self.cache: SelectionCache | None = None
         if config.refresh > 1:
@@ -66,7 +69,10 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             pages = self.token_to_kv_pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
             self.nodes = NodeDirectory(pages, rows, device)
             start, pages = config.nodes_from, context // PAGE_SIZE
-            self.node_tables = NodeTables(self.nodes, start, rows, pages, self._make_nodes)
+            in_turn = runner.server_args.pp_size > 1
+            self.node_tables = NodeTables(
+                self.nodes, start, rows, pages, self._make_nodes, in_turn=in_turn
+            )
         self.summaries = SummaryPool(
             self.token_to_kv_pool, self.layers, self.nodes.places if self.nodes else 0
         )
@@ -103,8 +109,10 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # a plan is made inside the graph, of its own memory
-        assert self.dense is not None
-        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
+        if self.node_tables is not None:
+            self.node_tables.reserve(max_bs)
+        if self.dense is not None and self._leaves_some_to_dense():
+            self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._prepare(forward_batch)
@@ -144,10 +152,10 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 forward_batch, self.req_to_token, self.config, self.nodes, self.cache
             )
         elif self.node_tables is not None:
-            # a graph pads its batches
-            real = forward_batch.batch_size - getattr(forward_batch, "num_padding", 0)
-            lengths = forward_batch.seq_lens_cpu[:real].tolist()
-            rows = forward_batch.req_pool_indices[:real].long()
+            # padding comes last, and is shorter than any decode step
+            lengths = [length for length in forward_batch.seq_lens_cpu.tolist() if length > 1]
+            rows = forward_batch.req_pool_indices[: len(lengths)].long()
+            self.node_tables.reserve(forward_batch.batch_size)
             self.node_tables.update(lengths, rows, self.req_to_token)
 
     def _plan_steps(self, forward_batch: ForwardBatch) -> None:

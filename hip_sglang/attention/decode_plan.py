@@ -90,11 +90,18 @@ class NodeTables:
         requests: int,
         pages: int,
         make: Callable[[NodePlan], None],
+        *,
+        in_turn: bool = False,
     ) -> None:
-        """make: has the new nodes of a plan summarised, in every layer."""
+        """make: has the new nodes of a plan summarised, in every layer.
+
+        ``in_turn``: passes of several batches alternate, as with pipeline parallelism, so that
+        nothing follows from the one before.
+        """
         self._directory = directory
         self._start = start
         self._make = make
+        self._in_turn = in_turn
         device = directory.device
         self._table = torch.zeros(requests, pages // NODE_PAGES, dtype=torch.int64, device=device)
         self._lengths: list[int] | None = None
@@ -108,13 +115,19 @@ class NodeTables:
         before, self._lengths = self._lengths, seq_lens
         grown = before is not None and seq_lens == [length + 1 for length in before]
         filled = any((length - 1) % (NODE_PAGES * PAGE_SIZE) == 0 for length in seq_lens)
-        if grown and not filled:
+        if grown and not filled and not self._in_turn:
             return
         table = page_tables(req_to_token, rows, max(seq_lens, default=0))
         plan = NodePlan.of(self._directory, self._start, seq_lens, table)
         if plan is not None:
             self._make(plan)
             self._table[: len(seq_lens), : plan.table.shape[1]] = plan.table
+
+    def reserve(self, requests: int) -> None:
+        """Room for a batch that is padded to more than there can be."""
+        if requests > len(self._table):
+            self._table = self._table.new_zeros(requests, self._table.shape[1])
+            self.forget()
 
     def of(self, batch: int) -> Tensor:
         """[B, J]: the table of a batch; past a request's last node anything."""

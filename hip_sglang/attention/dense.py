@@ -1,4 +1,4 @@
-"""Passes in which a layer keeps every page are SGLang's own backend's: nothing of it is ours."""
+"""Prompts below the threshold, and layers that never prune, are SGLang's own backend's."""
 
 from __future__ import annotations
 

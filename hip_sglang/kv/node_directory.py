@@ -26,8 +26,9 @@ class NodeDirectory:
 
     def forget(self, pages: Tensor) -> None:
         """Physical pages [C] were written anew: what ended there is gone. -1 is no page."""
-        self._end[self._place[pages]] = -1
-        self._place[pages] = -1
+        # an assignment would wait for the GPU, to bring it the number
+        self._end.index_fill_(0, self._place[pages], -1)
+        self._place.index_fill_(0, pages, -1)
 
     def find(self, ends: Tensor) -> tuple[Tensor, Tensor]:
         """Ends [K] of all nodes that a step needs -> their places [K], and which [K] are new."""

@@ -106,6 +106,11 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
         ),
         (args.enable_hisparse, "HiSparse (--enable-hisparse)", "choose one of the two"),
         (
+            args.enable_two_batch_overlap or args.enable_pdmux,
+            "several attention backends side by side (--enable-two-batch-overlap, --enable-pdmux)",
+            "leave it out",
+        ),
+        (
             envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get(),
             "graphs of metadata (SGLANG_ENABLE_METADATA_GLUE_GRAPH): it finds nodes on the host",
             "unset that variable",

@@ -79,13 +79,13 @@ def settle_backend(server_args: Any) -> None:
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
-    if cfg.cuda_graph_config.prefill.backend == "full":
+    if cfg.device == "cpu" or not doors.config_of(server_args).captures:
+        _disable_graphs(server_args)
+    elif cfg.cuda_graph_config.prefill.backend == "full":
         raise UnsupportedError(
             f"{BACKEND} plans prompts on the host, which --cuda-graph-backend-prefill full cannot "
             "hold; leave it out, or use breakable"
         )
-    if cfg.device == "cpu" or not doors.config_of(server_args).captures:
-        _disable_graphs(server_args)
     if cfg.device != "cpu" and server_args.mem_fraction_static is None:
         # SGLang fills its share with KV and knows nothing of the summaries beside it
         fp8 = cfg.kv_cache_dtype.startswith("fp8")

@@ -46,6 +46,8 @@ class Graph(TorchDispatchMode):
             isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool
             for leaf in tree_leaves(args[1] if len(args) > 1 else None)
         )
+        number = name.startswith("aten::index_put") and args[2].dim() == 0
+        assert not number, f"{func} of a number brings it to the device first"
         assert not masks, f"{func} with a mask asks how much of it is true"
         assert name not in WAIT, f"{func} waits for the device"
         made = func(*args, **kwargs)

@@ -148,6 +148,15 @@ def test_a_pass_in_which_nothing_changed_looks_for_no_node() -> None:
     assert [len(plan.new_places) for plan in made] == [1, 1, 0]
 
 
+def test_batches_that_take_turns_look_each_time() -> None:
+    made: list[NodePlan] = []
+    tables = NodeTables(NodeDirectory(64, 2, "cpu"), 0, 2, 64, made.append, in_turn=True)
+    slots = torch.arange(128 * PAGE_SIZE).view(2, -1).int() % (64 * PAGE_SIZE)
+    for length, row in ((1100, 0), (1100, 1), (1101, 0)):
+        tables.update([length], torch.tensor([row]), slots)
+    assert len(made) == 3
+
+
 def test_a_second_step_makes_nothing_anew() -> None:
     directory = NodeDirectory(64, 2, "cpu")
     table = torch.randperm(64)[None]

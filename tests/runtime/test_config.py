@@ -79,6 +79,11 @@ def test_a_choice_that_is_used_again_has_room_in_the_beam():
     assert held.nodes_from == 32 * 512
 
 
+def test_nodes_begin_where_a_node_does():
+    # steps look for new nodes when one is full
+    assert HipConfig.load({"node_threshold": 100_000}).nodes_from == 196 * 512
+
+
 def test_the_share_read_counts_summaries_and_the_second_look():
     plan = HipConfig.load(None).layer_plan(0)
     # 50 pages of keys and values, 64 of keys; 4 means, 1 deviation and 1 value of 1023 pages

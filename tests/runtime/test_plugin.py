@@ -151,7 +151,8 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--decode-attention-backend", "triton"], "prefill=hip_attention with decode=triton"),
         (["--prefill-attention-backend", "torch_native"], "must serve both phases"),
         (["--tp-size", "4"], "--tp-size 4 is more than the 2 KV heads"),
-        (["--cuda-graph-backend-prefill", "full"], "leave it out, or use breakable"),
+        (["--enable-two-batch-overlap"], "several attention backends side by side"),
+        (["--enable-pdmux"], "several attention backends side by side"),
         (["--hip-config", '{"dense_layers": [0, 99]}'], "dense_layers names layer 99, but this"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -191,6 +192,19 @@ def test_decode_graphs_are_for_what_kernels_do(parse, tmp_path, monkeypatch, con
     )
     settings.settle_backend(server_args)
     assert resolving_view(server_args).cuda_graph_config.decode.backend == decode
+
+
+def test_a_graph_of_whole_prompts_is_refused(parse):
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+
+    from hip_sglang.runtime import settings
+
+    server_args = parse("--device", "cuda")
+    graphs = CudaGraphConfig(prefill=PhaseConfig(backend="full"))
+    declare_resolution(server_args, "test", cuda_graph_config=graphs, mem_fraction_static=0.9)
+    with pytest.raises(UnsupportedError, match="leave it out, or use breakable"):
+        settings.settle_backend(server_args)
 
 
 def test_our_flags_without_our_backend_are_refused(parse, capsys):

@@ -317,6 +317,8 @@ def _look(
             place = start + tl.arange(0, TILE)
             entry = tl.load(chosen + place, mask=place < budget, other=-1)
             code = tl.load(listed + entry, mask=entry >= 0, other=0)
+            # other warps load the same
+            tl.debug_barrier()
             tl.store(chosen + place, code // MEANS, mask=entry >= 0)
         tl.debug_barrier()
         _finish(
@@ -361,4 +363,6 @@ def _finish(
             place = start + tl.arange(0, TILE)
             column = tl.load(chosen + place, mask=place < budget, other=-1)
             page = tl.load(listed_pages + column, mask=column >= 0, other=-1)
+            # other warps load the same
+            tl.debug_barrier()
             tl.store(chosen + place, page, mask=column >= 0)
