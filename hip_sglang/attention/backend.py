@@ -69,9 +69,10 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             pages = self.token_to_kv_pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
             self.nodes = NodeDirectory(pages, rows, device)
             start, pages = config.nodes_from, context // PAGE_SIZE
-            in_turn = runner.server_args.pp_size > 1
+            # a batch may be padded to a multiple of the ranks
+            requests, in_turn = rows + runner.server_args.tp_size, runner.server_args.pp_size > 1
             self.node_tables = NodeTables(
-                self.nodes, start, rows, pages, self._make_nodes, in_turn=in_turn
+                self.nodes, start, requests, pages, self._make_nodes, in_turn=in_turn
             )
         self.summaries = SummaryPool(
             self.token_to_kv_pool, self.layers, self.nodes.places if self.nodes else 0
@@ -109,8 +110,6 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # a plan is made inside the graph, of its own memory
-        if self.node_tables is not None:
-            self.node_tables.reserve(max_bs)
         if self.dense is not None and self._leaves_some_to_dense():
             self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
 
@@ -155,7 +154,6 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             # padding comes last, and is shorter than any decode step
             lengths = [length for length in forward_batch.seq_lens_cpu.tolist() if length > 1]
             rows = forward_batch.req_pool_indices[: len(lengths)].long()
-            self.node_tables.reserve(forward_batch.batch_size)
             self.node_tables.update(lengths, rows, self.req_to_token)
 
     def _plan_steps(self, forward_batch: ForwardBatch) -> None:

@@ -123,12 +123,6 @@ class NodeTables:
             self._make(plan)
             self._table[: len(seq_lens), : plan.table.shape[1]] = plan.table
 
-    def reserve(self, requests: int) -> None:
-        """Room for a batch that is padded to more than there can be."""
-        if requests > len(self._table):
-            self._table = self._table.new_zeros(requests, self._table.shape[1])
-            self.forget()
-
     def of(self, batch: int) -> Tensor:
         """[B, J]: the table of a batch; past a request's last node anything."""
         return self._table[:batch]

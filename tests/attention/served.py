@@ -31,7 +31,7 @@ class Runner:
             size=POOL * PAGE_SIZE, page_size=PAGE_SIZE, dtype=torch.float32, head_num=KV_HEADS,
             head_dim=WIDTH, layer_num=LAYERS, device=device, enable_memory_saver=False,
         )  # fmt: skip
-        self.server_args = SimpleNamespace(enable_metrics=False, pp_size=1)
+        self.server_args = SimpleNamespace(enable_metrics=False, pp_size=1, tp_size=1)
         self.tp_rank = 0
         self.device = device
 
