@@ -134,7 +134,7 @@ class HipConfig(BaseModel):
         default=262144,
         ge=0,
         description="decode steps at positions from this on weigh nodes of 512 tokens first, and "
-        "then the pages of the heaviest ones; below, every page",
+        "then the pages of the heaviest ones; below, every page. Rounded up to whole nodes",
     )
     beam: Tokens = Field(
         default=65536,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,8 +97,10 @@ class ForwardPlan:
             directory.forget(completed)
             nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table)
         if cache is not None:
-            lengths = torch.tensor(seq_lens, device=rows.device)
-            reuses = cache.step(rows, decodes.to(rows.device), lengths, config.start).cpu()
+            steps = torch.arange(len(seq_lens), device=rows.device) >= prompts
+            reuses = cache.step(rows, steps, batch.seq_lens.long(), config.start)
+            # it waits for the device; prompts alone use nothing again
+            reuses = reuses.cpu() if prompts < len(seq_lens) else None
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,
@@ -112,11 +115,19 @@ class ForwardPlan:
 
     def prunes(self, layer: LayerPlan) -> bool:
         """Whether a query of this pass does not attend to every page in a layer."""
+        limits = layer.sparse_from, layer.sparse_decode_from
+        return any(
+            limit is not None and at >= limit
+            for limit, at in zip(limits, self._furthest, strict=True)
+        )
+
+    @cached_property
+    def _furthest(self) -> tuple[int, int]:
+        """Where the last page of a prompt begins, and of a decode step; -1: there is none."""
+        last = [-1, -1]
         for length, decode in zip(self.seq_lens, self.decodes.tolist(), strict=True):
-            limit = layer.sparse_decode_from if decode else layer.sparse_from
-            if limit is not None and (length - 1) // PAGE_SIZE * PAGE_SIZE >= limit:
-                return True
-        return False
+            last[decode] = max(last[decode], (length - 1) // PAGE_SIZE * PAGE_SIZE)
+        return last[False], last[True]
 
     def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
         """The query blocks of a layer; layers of the same thresholds share them."""

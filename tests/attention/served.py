@@ -94,7 +94,6 @@ class Served:
         return SimpleNamespace(
             forward_mode=mode,
             batch_size=len(rows),
-            num_padding=0,
             rids=[str(row) for row in rows],
             req_pool_indices=row,
             seq_lens=lengths.to(self.device),
@@ -126,7 +125,6 @@ class Captured:
         self.batch = SimpleNamespace(
             forward_mode=ForwardMode.DECODE,
             batch_size=size,
-            num_padding=0,
             req_pool_indices=torch.zeros_like(ones).to(served.device),
             seq_lens=ones.to(served.device),
             seq_lens_cpu=ones.clone(),
@@ -154,7 +152,6 @@ class Captured:
             ("seq_lens_cpu", 1),
         ):
             getattr(batch, name).fill_(fill)[:real] = getattr(now, name)
-        batch.num_padding = self.size - real
         for buffer, value in zip(self.given, given, strict=True):
             buffer[:, :real] = value
         self.served.backend.init_forward_metadata_out_graph(batch)

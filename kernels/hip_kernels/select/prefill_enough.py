@@ -128,8 +128,8 @@ def _enough(
             wanting = tl.max(tl.where(real[:, None], top_p - before, float("-inf")), 0) > 0
             wanted = tl.load(kept + at, mask=at < choices, other=0) | wanting.to(tl.int32)
             tl.store(kept + at, wanted, mask=at < choices)
-    # all is decided before anything is dropped
-    tl.debug_barrier()
+        # the next rows add to it, and all is decided before anything is dropped
+        tl.debug_barrier()
     for start in range(0, choices, TILE):
         at = start + tl.arange(0, TILE)
         wanted = tl.load(kept + at, mask=at < choices, other=1) > 0
