@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan, Strategy
+from hip_kernels.offloaded import MissPolicy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from hip_sglang.config_text import ConfigError, explain, read
 
 NODE_TOKENS = NODE_PAGES * PAGE_SIZE
 Preset = Literal["balanced", "quality", "dense", "paper"]
@@ -28,8 +29,30 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its message is one line for the person who wrote it."""
+class Offload(BaseModel):
+    """KV in host memory. The device holds summaries of all pages, and copies of some."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host_gib: float = Field(
+        gt=0, description="GiB of host memory for KV, of all ranks on one machine together"
+    )
+    device_tokens: Tokens | None = Field(
+        default=None,
+        ge=PAGE_SIZE,
+        description="tokens whose KV a rank's device holds at a time; without it, what its memory "
+        "has room for, and on a CPU what the running requests need",
+    )
+    miss_policy: MissPolicy = Field(
+        default="fetch",
+        description="what becomes of a chosen page that the device does not hold: fetch waits for "
+        "it; estimate leaves it to the remainder this time, and has it there the next time",
+    )
+
+    @field_validator("device_tokens")
+    @classmethod
+    def _whole_pages(cls, tokens: int | None) -> int | None:
+        return None if tokens is None else -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -152,6 +175,11 @@ class HipConfig(BaseModel):
         default="harmonic",
         description="how pages that are not attended exactly are estimated; none drops them",
     )
+    offload: Offload | None = Field(
+        default=None,
+        description="keep KV in host memory, so that a request may be larger than the device; "
+        "second_look is then 0 unless it is given, for it reads keys there",
+    )
     trace: Path | None = Field(
         default=None,
         description="append one JSON line per decode step and layer here: the pages attended",
@@ -161,8 +189,36 @@ class HipConfig(BaseModel):
     @classmethod
     def _what_the_preset_decides(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            return {**PRESETS.get(str(given.get("preset", "balanced")), {}), **given}
+            decided: dict[str, Any] = dict(PRESETS.get(str(given.get("preset", "balanced")), {}))
+            if given.get("offload") is not None:
+                decided["second_look"] = 0
+            return {**decided, **given}
         return given
+
+    @model_validator(mode="after")
+    def _can_be_offloaded(self) -> HipConfig:
+        if self.offload is None:
+            return self
+        for reads_all, key, value in (
+            (self.prefill == "dense", "prefill", self.prefill),
+            (self.decode == "dense", "decode", self.decode),
+            (bool(self.dense_layers), "dense_layers", list(self.dense_layers)),
+            (self.strategy == "tree", "strategy", self.strategy),
+        ):
+            if reads_all:
+                raise PydanticCustomError(
+                    "cannot_be",
+                    "{key}={value} reads keys all over the context, and offload keeps them in host "
+                    "memory; leave one of the two out",
+                    {"key": key, "value": repr(value)},
+                )
+        if self.offload.miss_policy == "estimate" and self.remainder == "none":
+            raise PydanticCustomError(
+                "cannot_be",
+                "offload.miss_policy='estimate' leaves pages to the remainder, and there is none; "
+                "set remainder to harmonic, or miss_policy to fetch",
+            )
+        return self
 
     @field_validator("sink", "window", "budget")
     @classmethod
@@ -188,7 +244,7 @@ class HipConfig(BaseModel):
         cls, source: str | Path | Mapping[str, Any] | None = None, preset: str | None = None
     ) -> HipConfig:
         """Read JSON text, a path to a JSON file, or a mapping; ``preset`` is ``--hip-preset``."""
-        values, origin = _read(source)
+        values, origin = read(source)
         if preset is not None:
             if values.get("preset", preset) != preset:
                 raise ConfigError(
@@ -199,7 +255,7 @@ class HipConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(_explain(detail) for detail in error.errors())
+            problems = "; ".join(explain(detail, cls) for detail in error.errors())
             raise ConfigError(origin + problems) from None
 
     @property
@@ -207,6 +263,11 @@ class HipConfig(BaseModel):
         """The position from which on queries are sparse, where they are."""
         # where the exact pages hold all of the context, pruning would keep everything
         return max(self.dense_threshold, self._pages.exact_pages * PAGE_SIZE)
+
+    @property
+    def step_pages(self) -> int:
+        """The most pages that one query attends exactly, dense or sparse."""
+        return -(-self.start // PAGE_SIZE)
 
     @property
     def captures(self) -> bool:
@@ -251,70 +312,3 @@ class HipConfig(BaseModel):
             beam=self._beam_nodes,
             top_p=self.top_p,
         )
-
-
-def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """The values given, and the prefix that tells where they come from."""
-    if source is None:
-        return {}, ""
-    if isinstance(source, Mapping):
-        return dict(source), "hip_config: "
-    if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
-        return _parse(source, "--hip-config: "), "--hip-config: "
-    origin = f"--hip-config {source}: "
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{origin}{error.strerror or error}; give a JSON file, "
-            'or the JSON itself such as {"budget": 4096}'
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{origin}not a text file; give a JSON file in UTF-8") from None
-    return _parse(text, origin), origin
-
-
-def _parse(text: str, origin: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{origin}{key!r} is given twice; keep one")
-        return dict(pairs)
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{origin}not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            "mend it there"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f'{origin}expected a JSON object such as {{"budget": 4096}}')
-    return values
-
-
-def _explain(detail: Any) -> str:
-    """One problem that pydantic found: the key, what is wrong with it, and the remedy."""
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, HipConfig.model_fields, n=3)
-        known = ", ".join(HipConfig.model_fields)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {known}"
-        return f"unknown key {key!r}; {hint}"
-    given = f"{key}={detail['input']!r}"
-    if detail["type"] == "greater_than_equal":
-        least = detail["ctx"]["ge"]
-        unit = f" (one page of {PAGE_SIZE} tokens)" if least == PAGE_SIZE else ""
-        return f"{given} is too small; set {key} to {least}{unit} or more"
-    if detail["type"] == "less_than_equal":
-        return f"{given} is too large; set {key} to {detail['ctx']['le']} or less"
-    if detail["type"].startswith("float_"):
-        return f"{given} is not a number; set {key} to one from 0 to 1"
-    if detail["type"] == "literal_error":
-        return f"{given} is not known; choose {detail['ctx']['expected']}"
-    if detail["type"].startswith("int_"):
-        return f"{given} is not a whole number; set {key} to a number of tokens"
-    if detail["type"].startswith("bool_"):
-        return f"{given} is neither true nor false; set {key} to one of them"
-    return f"{given}: {detail['msg']}; see {key} in the configuration's schema"

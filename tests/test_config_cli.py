@@ -11,7 +11,8 @@ from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
 from hip_kernels.ops import attend, plan_blocks, summarize
 
 from hip_sglang import cli
-from hip_sglang.config import ConfigError, HipConfig
+from hip_sglang.config import HipConfig
+from hip_sglang.config_text import ConfigError
 from hip_sglang.explain import StepAt, grouped, parse_lengths, sentences
 
 SMALL = {"sink": 64, "window": 128, "budget": 192, "dense_threshold": 700}

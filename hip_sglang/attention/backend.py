@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan, StoredKV
 from hip_kernels.ops import attend, attend_steps, pool, summarize
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -20,7 +20,7 @@ from hip_sglang.attention.selection_cache import SelectionCache
 from hip_sglang.attention.trace import SelectionTrace
 from hip_sglang.config import HipConfig, LayerPlan
 from hip_sglang.kv.node_directory import NodeDirectory
-from hip_sglang.kv.summary_pool import SummaryPool
+from hip_sglang.kv.summary_pool import SummaryPool, pages_of
 from hip_sglang.telemetry import PASSES_A_LOOK, DecodeTotals, Telemetry
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.last_layer = layers[-1]
         self.config = config
         on_gpu = self.req_to_token.is_cuda
-        self.dense = sglangs_own(runner) if on_gpu else None
+        self.dense = sglangs_own(runner) if on_gpu and config.offload is None else None
         self.captures = on_gpu and config.captures
         self.extend_dummy_seqs_capped_by_req_pool = (
             self.dense is not None and self.dense.extend_dummy_seqs_capped_by_req_pool
@@ -66,8 +66,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.node_tables: NodeTables | None = None
         context = self.req_to_token.shape[1]
         if config.nodes_from is not None and config.nodes_from < context:
-            pages = self.token_to_kv_pool.get_kv_buffer(layers[0])[0].shape[0] // PAGE_SIZE
-            self.nodes = NodeDirectory(pages, rows, device)
+            self.nodes = NodeDirectory(pages_of(self.token_to_kv_pool), rows, device)
             start, pages = config.nodes_from, context // PAGE_SIZE
             # a batch may be padded to a multiple of the ranks
             requests, in_turn = rows + runner.server_args.tp_size, runner.server_args.pp_size > 1
@@ -218,8 +217,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         elif save_kv_cache and k is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, None)
             self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
-        key, value = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        kv = PagedKV(key, value, *stored_scales(layer, key.dtype))
+        kv = self._stored(layer)
         if layer_plan.prunes:
             # before attending: later blocks of this very chunk prune pages that it completes
             self._summarize(kv, layer.layer_id)
@@ -236,6 +234,15 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         if self.telemetry is not None:
             self._count(self.telemetry, layer.layer_id, layer_plan, dense)
         return found
+
+    def _stored(self, layer: RadixAttention) -> StoredKV:
+        """What the pool holds of a layer."""
+        pool = self.token_to_kv_pool
+        scales = stored_scales(layer, pool.dtype)
+        if self.config.offload is not None:
+            return pool.kv(layer.layer_id, *scales)  # type: ignore[no-any-return]
+        key, value = pool.get_kv_buffer(layer.layer_id)
+        return PagedKV(key, value, *scales)
 
     def _count(
         self, telemetry: Telemetry, layer_id: int, layer_plan: LayerPlan, dense: bool
@@ -267,7 +274,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             return layer_plan.sparse_decode_from is None
         return not self.plan.prunes(layer_plan)
 
-    def _summarize(self, kv: PagedKV, layer_id: int) -> None:
+    def _summarize(self, kv: StoredKV, layer_id: int) -> None:
         """The pages that this pass completes, and the nodes that it makes."""
         summaries = self.summaries.pages_of(layer_id)
         if self.decode_plan is not None:
@@ -292,7 +299,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         layer_plan: LayerPlan,
         pages_plan: SparsePlan,
         query: Tensor,
-        kv: PagedKV,
+        kv: StoredKV,
         out: Tensor,
     ) -> None:
         """A pass of decode steps, in launches that are always the same."""
@@ -318,7 +325,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         layer_plan: LayerPlan,
         pages_plan: SparsePlan,
         query: Tensor,
-        kv: PagedKV,
+        kv: StoredKV,
         out: Tensor,
     ) -> None:
         """Any pass, one kind of query blocks after the other."""

@@ -16,23 +16,21 @@ class SummaryPool:
     """Summaries by the pool's physical pages, for the layers that may prune, and of nodes."""
 
     def __init__(self, pool: Any, layers: Mapping[int, LayerPlan], nodes: int) -> None:
-        """pool: SGLang's ``KVCache``; layers by their global id; nodes: places for them."""
+        """pool: SGLang's or ours; layers by their global id; nodes: places for them."""
         self._layers: dict[int, Summaries] = {}
         self._nodes: dict[int, Summaries] = {}
-        self.pages = 0
+        self.pages = pages_of(pool)
         for layer_id, plan in layers.items():
-            key, value = pool.get_kv_buffer(layer_id)
-            self.pages = key.shape[0] // PAGE_SIZE
             for held, count in ((self._layers, self.pages), (self._nodes, nodes)):
                 held[layer_id] = Summaries.empty(
                     count if plan.prunes else 0,
-                    key.shape[1],
-                    key.shape[2],
-                    value.shape[2],
+                    pool.head_num,
+                    pool.head_dim,
+                    pool.v_head_dim,
                     means=plan.means,
                     # half precision otherwise: float16 keeps more of a mean than bfloat16 does
-                    dtype=torch.float32 if key.dtype == torch.float32 else torch.float16,
-                    device=key.device,
+                    dtype=torch.float32 if pool.dtype == torch.float32 else torch.float16,
+                    device=pool.device,
                 )
 
     def pages_of(self, layer_id: int) -> Summaries:
@@ -47,3 +45,8 @@ class SummaryPool:
     def nbytes(self) -> int:
         held = [*self._layers.values(), *self._nodes.values()]
         return sum(summaries.nbytes for summaries in held)
+
+
+def pages_of(pool: Any) -> int:
+    """How many physical pages a pool has, SGLang's page of padding among them."""
+    return int(pool.size) // PAGE_SIZE + 1

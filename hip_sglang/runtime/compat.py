@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hip_sglang.runtime import chunks, doors, host_platform, mixed, request_checks
+from hip_sglang.runtime import chunks, doors, host_platform, mixed, offload, request_checks
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,26 @@ HOOKS = (
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         mixed.init_new,
         "drops which requests of a mixed batch are decode steps, and its runner the mode itself",
+    ),
+    Hook(
+        "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator",
+        offload.create_configurator,
+        "sizes the pool by the device's memory, and offloaded KV is in the host's",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+        offload.build_pool,
+        "has no registry of pools",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mha_kv_pool",
+        offload.build_pool,
+        "asks the platform for a class, and passes it too little",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        offload.release_pages,
+        "tells nobody which pages are free again",
     ),
 )
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from hip_sglang.config import ConfigError, HipConfig
+from hip_sglang.config import HipConfig
+from hip_sglang.config_text import ConfigError
 from hip_sglang.runtime.requirements import BACKEND, UnsupportedError
 
 # travels with ServerArgs: attributes with an underscore are pickled to every rank

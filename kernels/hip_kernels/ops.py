@@ -8,7 +8,15 @@ from torch import Tensor
 
 from hip_kernels.attend import reference as attending
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import Choice, PagedKV, QueryBlocks, Selection, SparsePlan, Summaries
+from hip_kernels.layout import (
+    Choice,
+    PagedKV,
+    QueryBlocks,
+    Selection,
+    SparsePlan,
+    StoredKV,
+    Summaries,
+)
 from hip_kernels.steps import DecodeSteps
 
 __all__ = ["attend", "attend_steps", "plan_blocks", "pool", "summarize"]
@@ -16,7 +24,7 @@ __all__ = ["attend", "attend_steps", "plan_blocks", "pool", "summarize"]
 
 def attend(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -34,14 +42,14 @@ def attend(
     if query.is_cuda:
         from hip_kernels.attend import fused
 
-        if fused.serves(blocks, plan, query.shape[2]):
+        if isinstance(kv, PagedKV) and fused.serves(blocks, plan, query.shape[2]):
             return fused.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
     return attending.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
 
 
 def attend_steps(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     steps: DecodeSteps,
     choice: Choice,
@@ -61,10 +69,11 @@ def attend_steps(
     """
     from hip_kernels.attend import fused
 
+    assert isinstance(kv, PagedKV)
     fused.attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
 
 
-def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
+def summarize(kv: StoredKV, pages: Tensor, out: Summaries) -> None:
     """Summarise complete pages [C], physical, from stored keys and values into ``out``.
 
     -1 is none: kernels pass it over, so that as many are launched for every decode step.

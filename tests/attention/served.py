@@ -15,6 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hip_sglang.attention.backend import HipAttentionBackend
 from hip_sglang.config import HipConfig
+from hip_sglang.kv.pool import OffloadedKVPool
 from tests.attention.graphs import CudaGraph, Graph
 
 LAYERS, KV_HEADS, GROUP, WIDTH = 2, 1, 2, 16
@@ -24,13 +25,24 @@ ROWS, CONTEXT, POOL = 5, 4096, 180
 class Runner:
     """What the backend asks of SGLang's model runner: real pools, and no model."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, config: HipConfig, dtype: torch.dtype) -> None:
         table = torch.zeros(ROWS, CONTEXT, dtype=torch.int32, device=device)
         self.req_to_token_pool = SimpleNamespace(req_to_token=table)
-        self.token_to_kv_pool = MHATokenToKVPool(
-            size=POOL * PAGE_SIZE, page_size=PAGE_SIZE, dtype=torch.float32, head_num=KV_HEADS,
-            head_dim=WIDTH, layer_num=LAYERS, device=device, enable_memory_saver=False,
-        )  # fmt: skip
+        size, common = POOL * PAGE_SIZE, {
+            "dtype": dtype, "head_num": KV_HEADS, "head_dim": WIDTH, "v_head_dim": WIDTH,
+            "layer_num": LAYERS, "start_layer": 0, "end_layer": LAYERS - 1, "device": device,
+        }  # fmt: skip
+        if (offload := config.offload) is None:
+            self.token_to_kv_pool = MHATokenToKVPool(
+                size, page_size=PAGE_SIZE, enable_memory_saver=False, **common
+            )
+        else:
+            self.token_to_kv_pool = OffloadedKVPool(
+                size,
+                device_tokens=offload.device_tokens,
+                miss_policy=offload.miss_policy,
+                **common,
+            )
         self.server_args = SimpleNamespace(enable_metrics=False, pp_size=1, tp_size=1)
         self.tp_rank = 0
         self.device = device
@@ -39,9 +51,16 @@ class Runner:
 class Served:
     """A backend with requests: prompts as one pass each, and decode steps of some of them."""
 
-    def __init__(self, hip: dict[str, Any], device: str = "cpu", seed: int = 0) -> None:
-        self.runner = Runner(device)
-        self.backend = HipAttentionBackend(self.runner, HipConfig.load(hip))
+    def __init__(
+        self,
+        hip: dict[str, Any],
+        device: str = "cpu",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = HipConfig.load(hip)
+        self.runner = Runner(device, config, dtype)
+        self.backend = HipAttentionBackend(self.runner, config)
         self.layers = [
             RadixAttention(KV_HEADS * GROUP, WIDTH, 0.5, KV_HEADS, layer) for layer in range(LAYERS)
         ]
@@ -68,7 +87,10 @@ class Served:
 
     def leave(self, row: int) -> None:
         count = -(-self.lengths.pop(row) // PAGE_SIZE)
-        self.pages += (self.table[row, : count * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE).tolist()
+        freed = self.table[row, : count * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE
+        self.pages += freed.tolist()
+        if isinstance(self.runner.token_to_kv_pool, OffloadedKVPool):
+            self.runner.token_to_kv_pool.forget(freed.long())
 
     def prompt(self, row: int, tokens: int) -> None:
         self.grow(row, tokens)

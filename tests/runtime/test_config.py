@@ -3,7 +3,8 @@ import pickle
 
 import pytest
 
-from hip_sglang.config import ConfigError, HipConfig
+from hip_sglang.config import HipConfig
+from hip_sglang.config_text import ConfigError
 
 
 def complaint(*args):

@@ -16,10 +16,10 @@ from hip_kernels.layout import (
     NODE_PAGES,
     PAGE_SIZE,
     Choice,
-    PagedKV,
     QueryBlocks,
     Selection,
     SparsePlan,
+    StoredKV,
     Summaries,
     soft_cap,
 )
@@ -33,7 +33,7 @@ WAVE_LOGITS = 1 << 22
 
 def attend(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -50,7 +50,9 @@ def attend(
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = plan.exact_pages * PAGE_SIZE + 8 * weigher.columns
-    size = max(1, WAVE_LOGITS // (rows * columns))
+    size = 1
+    if blocks.tokens.shape[1] == 1:
+        size = at_once(rows * columns, kv, plan.exact_pages)
     choices: Iterable[Choice | None] = repeat(None) if choice is None else choice.split(size)
     found = []
     for wave, held in zip(blocks.split(size), choices, strict=False):
@@ -59,6 +61,11 @@ def attend(
         scatter_rows(result, wave, out)
         found.append(selection)
     return together(found)
+
+
+def at_once(logits: int, kv: StoredKV, pages: int) -> int:
+    """How many blocks of so many logits and pages make a wave."""
+    return max(1, min(WAVE_LOGITS // logits, kv.steps_at_once(pages)))
 
 
 def together(waves: Sequence[Selection]) -> Selection:
@@ -109,7 +116,7 @@ class Weigher:
 
 def attend_sparse(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     weigher: Weigher,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -131,9 +138,13 @@ def attend_sparse(
         chosen, correction = select(query, context, kv, blocks, plan)
     assert chosen is not None
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
-    pages = plan.with_fixed_pages(choice.pages, blocks.page).transpose(0, 1)  # [Hkv, N, K] logical
+    chosen = kv.offer(chosen, lookup(blocks.table, chosen), fresh=held is None)
+    pages = plan.with_fixed_pages(chosen.transpose(0, 1), blocks.page)
+    pages = pages.transpose(0, 1)  # [Hkv, N, K] logical
     attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
-    slots = lookup(blocks.table, attended) * PAGE_SIZE
+    physical = lookup(blocks.table, attended)
+    kv.bring(physical, attended >= 0)
+    slots = physical * PAGE_SIZE
     pruned: list[tuple[Tensor, Tensor]] = []
     if context is not None and plan.remainder != "none":
         columns = context.columns(chosen, blocks.table.shape[1])
@@ -150,7 +161,7 @@ def attend_sparse(
     for (logit, _), other in zip(pruned, others, strict=True):
         torch.add(logit, correction, out=other)
     exact, *others = torch.split(logits.softmax(-1), widths, -1)
-    result = kv.mix(exact, slots, PAGE_SIZE)
+    result = kv.mix(exact, slots)
     estimated = torch.zeros_like(correction).squeeze(-1)
     for (_, value), other in zip(pruned, others, strict=True):
         result += other @ value
@@ -159,19 +170,20 @@ def attend_sparse(
 
 
 def attend_all(
-    query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
+    query: Tensor, kv: StoredKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
 ) -> None:
     """Every page exactly: the dense attention that sparse is compared with."""
     shared = blocks.table.shape[0] == 1
-    near = kv.together(blocks.table[0]) if shared else kv
+    near = kv.together(blocks.table[0]) if shared else None
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = blocks.table.shape[1] * PAGE_SIZE
-    for wave in blocks.split(max(1, WAVE_LOGITS // (rows * columns))):
+    size = at_once(rows * columns, kv, 1 if shared else blocks.table.shape[1])
+    for wave in blocks.split(size):
         q = rows_of(query, wave, kv.kv_heads) * scale  # [Hkv, N, M, D]
         first, last = int(wave.page.min()), int(wave.page.max())
         tail = torch.arange(first, last + 1, device=query.device)
         future = future_keys(wave, tail.expand(len(wave), -1), q.shape[2])  # [N, M, tail * 64]
-        if shared:
+        if near is not None:
             key, value = (x[: (last + 1) * PAGE_SIZE].float() for x in (near.key, near.value))
             # all blocks of the wave are rows of one product: [Hkv, N * M, T]
             logits = soft_cap((q * kv.key_scale).flatten(1, 2) @ key.permute(1, 2, 0), cap)
@@ -179,10 +191,12 @@ def attend_all(
             result = (logits.softmax(-1) @ value.transpose(0, 1)).view(*q.shape[:3], -1)
             result *= kv.value_scale
         else:
-            slots = (wave.table * PAGE_SIZE).expand(kv.kv_heads, -1, -1)
+            physical = wave.table.expand(kv.kv_heads, -1, -1)
+            kv.bring(physical, physical >= 0)
+            slots = physical * PAGE_SIZE
             logits = soft_cap(kv.scores(q, slots, PAGE_SIZE), cap)
             hide_future(logits, future)
-            result = kv.mix(logits.softmax(-1), slots, PAGE_SIZE)
+            result = kv.mix(logits.softmax(-1), slots)
         scatter_rows(result, wave, out)
 
 

@@ -10,16 +10,16 @@ from torch.nn.functional import pad
 
 from hip_kernels.layout import (
     PAGE_SIZE,
-    PagedKV,
     QueryBlocks,
     SparsePlan,
+    StoredKV,
     soft_cap,
 )
 from hip_kernels.select.weigh import LEAST, NEVER, Context, PageLogits, best_of_rows, lookup
 
 
 def select(
-    query: Tensor, context: Context, kv: PagedKV, blocks: QueryBlocks, plan: SparsePlan
+    query: Tensor, context: Context, kv: StoredKV, blocks: QueryBlocks, plan: SparsePlan
 ) -> tuple[Tensor, Tensor]:
     """Choose pages by their share of the softmax mass, estimated and then, if asked, looked at.
 
@@ -47,7 +47,7 @@ def look(
     context: Context,
     mass: Tensor,
     candidates: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     blocks: QueryBlocks,
     plan: SparsePlan,
 ) -> tuple[Tensor, Tensor]:

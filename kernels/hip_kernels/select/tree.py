@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan, StoredKV
 from hip_kernels.select.weigh import NEVER, best_of_rows, lookup
 
 
-def search(query: Tensor, kv: PagedKV, blocks: QueryBlocks, plan: SparsePlan) -> Tensor:
+def search(query: Tensor, kv: StoredKV, blocks: QueryBlocks, plan: SparsePlan) -> Tensor:
     """The pages [Hkv, N, budget] that the search ends with, in order, -1 where there are fewer.
 
     query [Hkv, N, M, D] scaled. The pages between sink and window are cut into ``budget`` equal

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import StoredKV, Summaries
 
 
-def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
+def summarize(kv: StoredKV, pages: Tensor, out: Summaries) -> None:
     """Summarise complete pages from stored keys and values into ``out``.
 
     pages [C] physical. Means and variances are accumulated in float32, the variance about the
@@ -16,11 +16,8 @@ def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
     """
     if pages.numel() == 0:
         return
-
-    def stored(rows: Tensor) -> Tensor:  # [C, 64, Hkv, D]
-        return rows.view(-1, PAGE_SIZE, *rows.shape[1:]).index_select(0, pages).float()
-
-    key, value = stored(kv.key) * kv.key_scale, stored(kv.value) * kv.value_scale
+    key, value = (x.float() for x in kv.whole(pages))  # [C, 64, Hkv, D]
+    key, value = key * kv.key_scale, value * kv.value_scale
     key = key.view(len(pages), out.mean.shape[1], -1, *key.shape[2:])  # [C, L, 64 / L, Hkv, D]
     mean = key.mean(2)
     sigma = (key - mean.unsqueeze(2)).square().mean((1, 2)).sqrt()
