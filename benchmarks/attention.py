@@ -17,8 +17,13 @@ from itertools import product
 
 import psutil
 import torch
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    Summaries,
+)
 from hip_kernels.ops import attend, plan_blocks, pool, summarize
+from hip_kernels.stored import PagedKV
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from hip_kernels.layout import PagedKV
+from hip_kernels.stored import PagedKV
 
 from hip_sglang.config import PRESETS, HipConfig, LayerPlan
 from hip_sglang.demo.architecture import OFFSETS

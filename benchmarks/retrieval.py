@@ -14,7 +14,10 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV
+from hip_kernels.layout import (
+    PAGE_SIZE,
+)
+from hip_kernels.stored import PagedKV
 from torch import Tensor
 
 from hip_sglang.config import HipConfig, LayerPlan

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from hip_kernels.layout import Choice, QueryBlocks, Selection, SparsePlan
+from hip_kernels.offloaded import Counts
 from hip_kernels.steps import DecodeSteps
 from torch import Tensor
 
 # passes between two looks at what decode steps added up: each look waits for the device
 PASSES_A_LOOK = 64
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What moved between host memory and the device since the last look."""
+
+    counts: list[int]  # by ``Counts``, over all layers
+    page_bytes: int  # of one page of one KV head
+    written_bytes: int
+    device_share: float  # of the slots hold a page
 
 
 class Telemetry:
@@ -20,7 +33,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         # SGLang sets the directory that prometheus_client reads when it is imported
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Gauge
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(f"hip_sglang_{name}", help_text, labels)
@@ -44,6 +57,34 @@ class Telemetry:
             "estimated_mass",
             "Share of the softmax that went to estimated pages, mean over rows and heads",
             "phase",
+        )
+        self._offload = {
+            Counts.CHOSEN: counter(
+                "offload_chosen_pages", "Pages that searches chose, by layer and KV head"
+            ),
+            Counts.HELD: counter(
+                "offload_held_pages", "Pages among those that the device held already"
+            ),
+            Counts.FETCHED: counter(
+                "offload_fetched_pages", "Pages that were copied to the device"
+            ),
+            Counts.ESTIMATED: counter(
+                "offload_estimated_pages", "Chosen pages that were left to the remainder instead"
+            ),
+            Counts.STALLS: counter(
+                "offload_stalls", "Times that a layer of a pass waited for pages"
+            ),
+        }
+        self._fetched_bytes = counter(
+            "offload_fetched_bytes", "Bytes of keys and values that were copied to the device"
+        )
+        self._written_bytes = counter(
+            "offload_written_bytes", "Bytes of keys and values that were written to host memory"
+        )
+        self._device_share = Gauge(
+            "hip_sglang_offload_device_used_share",
+            "Share of the device's page slots that hold a page",
+            multiprocess_mode="mostrecent",
         )
         self._pending: list[tuple[Counter, Tensor]] = []
 
@@ -84,6 +125,14 @@ class Telemetry:
             strict=True,
         ):
             metric.inc(value)
+
+    def observe_offload(self, traffic: Traffic) -> None:
+        """What the cache of pages did since the last time."""
+        for name, value in zip(Counts, traffic.counts, strict=True):
+            self._offload[name].inc(value)
+        self._fetched_bytes.inc(traffic.counts[Counts.FETCHED] * traffic.page_bytes)
+        self._written_bytes.inc(traffic.written_bytes)
+        self._device_share.set(traffic.device_share)
 
     def flush(self) -> None:
         """Add up what was observed since the last time."""

@@ -7,8 +7,12 @@ import sys
 import jsonschema
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    Summaries,
+)
 from hip_kernels.ops import attend, plan_blocks, summarize
+from hip_kernels.stored import PagedKV
 
 from hip_sglang import cli
 from hip_sglang.config import HipConfig

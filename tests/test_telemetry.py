@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from hip_kernels.layout import PagedKV, Summaries
+from hip_kernels.layout import (
+    Summaries,
+)
 from hip_kernels.ops import attend, plan_blocks, summarize
+from hip_kernels.stored import PagedKV
 from prometheus_client import REGISTRY
 
 from hip_sglang.config import HipConfig

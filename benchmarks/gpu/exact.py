@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV
+from hip_kernels.layout import (
+    PAGE_SIZE,
+)
+from hip_kernels.stored import PagedKV
 from torch import Tensor
 
 from .cases import Case, Layer

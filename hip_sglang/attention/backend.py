@@ -7,8 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan, StoredKV
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    Choice,
+    SparsePlan,
+)
 from hip_kernels.ops import attend, attend_steps, pool, summarize
+from hip_kernels.stored import PagedKV, StoredKV
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
@@ -143,6 +148,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self.passes += 1
             if self.passes % PASSES_A_LOOK == 0:
                 self.telemetry.observe_steps(self.totals)
+                if self.config.offload is not None:
+                    self.telemetry.observe_offload(self.token_to_kv_pool.traffic())
         if not self._by_steps(forward_batch):
             if self.node_tables is not None:
                 self.node_tables.forget()
@@ -255,6 +262,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
             return
         if self.decode_plan is None:
             telemetry.flush()
+            if self.config.offload is not None:
+                telemetry.observe_offload(self.token_to_kv_pool.traffic())
         elif self.totals is not None:
             pruning = [plan for plan in self.layers.values() if plan.sparse_decode_from is not None]
             some = (pruning or [layer_plan])[0]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from hip_kernels.layout import QueryBlocks, Selection
+from torch import Tensor
 
 from hip_sglang.attention.plan import ForwardPlan
 from hip_sglang.config import LayerPlan
@@ -36,7 +37,8 @@ class SelectionTrace:
         exact = (selection.pages >= 0).sum(-1).float().mean(-1).tolist()
         for n, request in enumerate(blocks.request.tolist()):
             visible = int(blocks.page[n])
-            chosen = [[p for p in head if p >= 0] for head in selection.choice.pages[n].tolist()]
+            pages = selection.choice.pages[n]
+            held = pages if selection.held is None else pages.where(selection.held[n], -1)
             share = layer.share_read(visible, exact[n], chooses=not blocks.reuses)
             record = {
                 "rid": plan.request_ids[request] if plan.request_ids else "",
@@ -45,8 +47,14 @@ class SelectionTrace:
                 "visible_pages": visible,
                 "sink_pages": selection.plan.sink_pages,
                 "window_pages": selection.plan.window_pages,
-                "chosen": chosen,
+                "chosen": real(pages),
+                "held": real(held),
                 "kv_read_share": round(share, 6),
             }
             self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+def real(pages: Tensor) -> list[list[int]]:
+    """pages [Hkv, K], -1 is padding -> those of each head."""
+    return [[page for page in head if page >= 0] for head in pages.tolist()]

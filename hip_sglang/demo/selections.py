@@ -20,6 +20,7 @@ class DecodeStep:
     sink_pages: int
     window_pages: int
     chosen: tuple[frozenset[int], ...]  # per KV head
+    held: tuple[frozenset[int], ...]  # of these, what the device held before; per KV head
     share_read: float  # of the KV, with the summaries and the second look
 
 
@@ -37,10 +38,18 @@ def read_trace(path: Path) -> dict[str, list[DecodeStep]]:
             sink_pages=record["sink_pages"],
             window_pages=record["window_pages"],
             chosen=tuple(frozenset(pages) for pages in record["chosen"]),
+            held=tuple(frozenset(pages) for pages in record["held"]),
             share_read=record["kv_read_share"],
         )
         steps.setdefault(record["rid"], []).append(step)
     return steps
+
+
+def share_held(steps: Sequence[DecodeStep]) -> float:
+    """Of the pages that the steps chose, the share that the device held already."""
+    chosen = sum(len(pages) for step in steps for pages in step.chosen)
+    held = sum(len(pages) for step in steps for pages in step.held)
+    return held / chosen if chosen else 1.0
 
 
 def mean_share_read(steps: Sequence[DecodeStep]) -> float:

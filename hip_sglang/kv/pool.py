@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import HostPages, MissPolicy, OffloadedKV, PageCache
+from hip_kernels.offloaded import Counts, HostPages, MissPolicy, OffloadedKV, PageCache
 from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 from torch import Tensor
 
+from hip_sglang.telemetry import Traffic
+
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-
-logger = logging.getLogger(__name__)
 
 
 class OffloadedKVPool(KVCache):  # type: ignore[misc]
@@ -50,6 +49,8 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
             for _ in range(layer_num)
         ]
         self.caches = [PageCache.empty(device_tokens // PAGE_SIZE, h, device) for h in self.hosts]
+        self._looked = [0] * len(Counts)
+        self._written = 0
         self._finalize_allocation_log(size)
 
     def kv(self, layer_id: int, key_scale: float = 1.0, value_scale: float = 1.0) -> OffloadedKV:
@@ -82,6 +83,7 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
                 rows = (rows if scale is None else rows / scale).to(self.dtype)
             return rows.view(self.store_dtype)
 
+        self._written += (cache_k.numel() + cache_v.numel()) * self.store_dtype.itemsize
         kv = self.kv(layer.layer_id)
         kv.write(slots, stored(cache_k, k_scale), stored(cache_v, v_scale))
 
@@ -89,6 +91,19 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
         """Pages [C] were freed."""
         for cache in self.caches:
             cache.forget(pages)
+
+    def traffic(self) -> Traffic:
+        """Since the last call; it waits for the device."""
+        now = torch.stack([cache.counts for cache in self.caches]).sum(0).tolist()
+        held = torch.stack([(cache.page >= 0).float().mean() for cache in self.caches])
+        found = Traffic(
+            [new - old for new, old in zip(now, self._looked, strict=True)],
+            self.hosts[0].bytes_a_page,
+            self._written,
+            float(held.mean()),
+        )
+        self._looked, self._written = now, 0
+        return found
 
     @property
     def device_bytes(self) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# by SGLang's configurator, which has room for no attribute of ours
+_plans: dict[int, MemoryPlan] = {}
+
 
 def create_configurator(original: Callable[..., Any], kvc: Any) -> Any:
     """Around ``create_memory_pool_configurator``: capacity is what host memory holds."""
@@ -45,7 +48,7 @@ def build_pool(original: Callable[..., Any], kvc: Any, **sizes: Any) -> Any:
 
     assert config.offload is not None
     tokens = sizes["max_total_num_tokens"]
-    plan = kvc.hip_memory_plan
+    plan = _plans.pop(id(kvc))
     logger.info("hip_attention offload: %s", plan)
     parallel, layers = get_parallel(), kvc.layer_info
     return OffloadedKVPool(
@@ -97,7 +100,7 @@ def memory_plan(kvc: Any, config: HipConfig, available_bytes: int) -> MemoryPlan
     )
     replicas = 1 if args.enable_dp_attention else args.dp_size
     ranks = -(-args.tp_size * args.pp_size * replicas // args.nnodes)
-    kvc.hip_memory_plan = MemoryPlan.of(
+    plan = _plans[id(kvc)] = MemoryPlan.of(
         shape,
         config,
         host_bytes=int(config.offload.host_gib * GIB) // ranks,
@@ -106,5 +109,4 @@ def memory_plan(kvc: Any, config: HipConfig, available_bytes: int) -> MemoryPlan
         # a CPU's "device" is the same memory, bounded
         device_bytes=None if kvc.device == "cpu" else available_bytes,
     )
-    plan: MemoryPlan = kvc.hip_memory_plan
     return plan

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import PAGE_SIZE, PagedKV, StoredKV
+from hip_kernels.layout import (
+    PAGE_SIZE,
+)
+from hip_kernels.stored import PagedKV, StoredKV
 
 MissPolicy = Literal["fetch", "estimate"]
 
@@ -55,6 +59,16 @@ class HostPages:
         return self.rows.shape[2] * self.rows.itemsize
 
 
+class Counts(IntEnum):
+    """What a layer's cache has seen, each page counted once for each KV head."""
+
+    CHOSEN = 0  # pages that searches found
+    HELD = 1  # and of these, those that were here
+    FETCHED = 2  # pages that were copied here
+    ESTIMATED = 3  # chosen ones that were left to the remainder instead
+    STALLS = 4  # times that a layer waited for pages
+
+
 @dataclass(frozen=True)
 class PageCache:
     """What of one layer the device holds: each KV head has slots of its own."""
@@ -65,10 +79,7 @@ class PageCache:
     page: Tensor  # [Hkv, slots] int32: which page a slot holds; -1 is none
     used: Tensor  # [Hkv, slots] int64: the step that wanted it last
     step: Tensor  # [1] int64
-    fetched: Tensor  # [1] int64: pages of a KV head that were copied here
-    chosen: Tensor  # [1] int64: pages of a KV head that searches found
-    hits: Tensor  # [1] int64: and of these, how many were held
-    estimated: Tensor  # [1] int64: and how many were not, and left to the remainder
+    counts: Tensor  # [5] int64: see ``Counts``
 
     @classmethod
     def empty(cls, slots: int, host: HostPages, device: torch.device | str) -> PageCache:
@@ -88,10 +99,7 @@ class PageCache:
             page=full(-1, heads, slots, dtype=torch.int32),
             used=full(-1, heads, slots),
             step=full(0, 1),
-            fetched=full(0, 1),
-            chosen=full(0, 1),
-            hits=full(0, 1),
-            estimated=full(0, 1),
+            counts=full(0, len(Counts)),
         )
 
     @property
@@ -138,15 +146,19 @@ class OffloadedKV(StoredKV):
     def steps_at_once(self, pages: int) -> int:
         return max(1, self.cache.slots // pages)
 
+    def held(self, physical: Tensor) -> Tensor:
+        return self._slots_of(physical) >= 0
+
     def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool) -> Tensor:
         real = chosen >= 0
-        held = real & (self._slots_of(physical) >= 0)
+        held = real & self.held(physical)
+        counts = self.cache.counts
         if fresh:
-            self.cache.chosen.add_(real.sum())
-            self.cache.hits.add_(held.sum())
+            counts[Counts.CHOSEN] += real.sum()
+            counts[Counts.HELD] += held.sum()
         if self.miss_policy == "fetch":
             return chosen
-        self.cache.estimated.add_((real & ~held).sum())
+        counts[Counts.ESTIMATED] += (real & ~held).sum()
         # a later step will find them here
         self.bring(physical, real)
         return chosen.where(held, -1)

@@ -10,14 +10,13 @@ from hip_kernels.attend import reference as attending
 from hip_kernels.blocks import plan_blocks
 from hip_kernels.layout import (
     Choice,
-    PagedKV,
     QueryBlocks,
     Selection,
     SparsePlan,
-    StoredKV,
     Summaries,
 )
 from hip_kernels.steps import DecodeSteps
+from hip_kernels.stored import PagedKV, StoredKV
 
 __all__ = ["attend", "attend_steps", "plan_blocks", "pool", "summarize"]
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, PagedKV, SparsePlan
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    SparsePlan,
+)
+from hip_kernels.stored import PagedKV
 
 from hip_sglang.bench import load_bench
 from hip_sglang.config import HipConfig

@@ -8,12 +8,18 @@ from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, Choice, PagedKV, SparsePlan, Summaries
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    Choice,
+    SparsePlan,
+    Summaries,
+)
 from hip_kernels.select import best
 from hip_kernels.select import choose as looking
 from hip_kernels.select import triton as weighing
 from hip_kernels.select.scores import Scores
 from hip_kernels.steps import DecodeSteps
+from hip_kernels.stored import PagedKV
 from torch import Tensor
 
 NEVER = float("-inf")

@@ -16,7 +16,6 @@ from hip_kernels.attend import triton as sharing
 from hip_kernels.blocks import plan_blocks
 from hip_kernels.layout import (
     PAGE_SIZE,
-    PagedKV,
     QueryBlocks,
     Selection,
     SparsePlan,
@@ -27,6 +26,7 @@ from hip_kernels.select import prefill as weighing
 from hip_kernels.select import prefill_enough as enough
 from hip_kernels.select import triton as estimating
 from hip_kernels.select.weigh import LEAST, NEVER, Context, best_of_rows
+from hip_kernels.stored import PagedKV
 from torch import Tensor
 
 from tests.kernels.door import make_requests, scatter

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hip_kernels.layout import PAGE_SIZE, LocalPages, PagedKV, Summaries
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    LocalPages,
+    Summaries,
+)
 from hip_kernels.ops import summarize
+from hip_kernels.stored import PagedKV
 
 
 @pytest.mark.parametrize("means", [1, 4])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hip_kernels.layout import PAGE_SIZE
+from hip_kernels.offloaded import Counts
 
 from tests.attention import served
 from tests.attention.served import Served
@@ -70,7 +71,7 @@ def test_offloaded_outputs_are_those_of_a_resident_pool_bit_for_bit(hip: dict[st
     rig, offloaded = outputs({**hip, "offload": {"host_gib": 1, "device_tokens": tokens}})
     assert all(map(torch.equal, resident, offloaded))
     # and the device was too small to hold what was read
-    fetched = sum(int(cache.fetched) for cache in rig.runner.token_to_kv_pool.caches)
+    fetched = sum(int(cache.counts[Counts.FETCHED]) for cache in rig.runner.token_to_kv_pool.caches)
     assert fetched > 4 * rig.runner.token_to_kv_pool.caches[0].slots
 
 

@@ -14,7 +14,6 @@ from hip_kernels.attend.triton import decode
 from hip_kernels.layout import (
     PAGE_SIZE,
     Choice,
-    PagedKV,
     QueryBlocks,
     Selection,
     SparsePlan,
@@ -28,6 +27,7 @@ from hip_kernels.select.scores import Scores
 from hip_kernels.select.triton import weigh
 from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import NO_PAGE, DecodeSteps
+from hip_kernels.stored import PagedKV
 
 WIDEST_OF_BLOCKS = 256
 

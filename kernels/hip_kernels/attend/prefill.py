@@ -12,7 +12,12 @@ from torch import Tensor, float32, int64
 
 from hip_kernels.attend.triton import exact_page, more_keys
 from hip_kernels.checks import check
-from hip_kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparsePlan, Summaries
+from hip_kernels.layout import (
+    PAGE_SIZE,
+    QueryBlocks,
+    SparsePlan,
+    Summaries,
+)
 from hip_kernels.select.prefill import (
     check_blocks,
     check_weighed,
@@ -21,6 +26,7 @@ from hip_kernels.select.prefill import (
     table_stride,
     tiling,
 )
+from hip_kernels.stored import PagedKV
 from hip_kernels.tiles import load_rows, soft_capped
 
 # keys that one step takes; half as many of wider heads, which spill

@@ -19,13 +19,13 @@ from hip_kernels.layout import (
     QueryBlocks,
     Selection,
     SparsePlan,
-    StoredKV,
     Summaries,
     soft_cap,
 )
 from hip_kernels.select.reference import select
 from hip_kernels.select.tree import search
 from hip_kernels.select.weigh import NEVER, Context, lookup, weigh_nodes, weigh_pages
+from hip_kernels.stored import StoredKV
 
 # logits that a wave of query blocks may hold in scratch, over the rows of one KV head
 WAVE_LOGITS = 1 << 22
@@ -78,6 +78,7 @@ def together(waves: Sequence[Selection]) -> Selection:
         torch.cat([wave.estimated for wave in waves]),
         torch.cat([wave.page for wave in waves]),
         waves[0].plan,
+        torch.cat([wave.held for wave in waves if wave.held is not None]),
     )
 
 
@@ -138,7 +139,9 @@ def attend_sparse(
         chosen, correction = select(query, context, kv, blocks, plan)
     assert chosen is not None
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
-    chosen = kv.offer(chosen, lookup(blocks.table, chosen), fresh=held is None)
+    found = lookup(blocks.table, chosen)
+    here = kv.held(found)
+    chosen = kv.offer(chosen, found, fresh=held is None)
     pages = plan.with_fixed_pages(chosen.transpose(0, 1), blocks.page)
     pages = pages.transpose(0, 1)  # [Hkv, N, K] logical
     attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
@@ -166,7 +169,9 @@ def attend_sparse(
     for (_, value), other in zip(pruned, others, strict=True):
         result += other @ value
         estimated += other.sum(-1)
-    return result, Selection(choice, estimated.transpose(0, 1), blocks.page, plan)
+    return result, Selection(
+        choice, estimated.transpose(0, 1), blocks.page, plan, here.transpose(0, 1)
+    )
 
 
 def attend_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.offloaded import HostPages, PageCache
+from hip_kernels.offloaded import Counts, HostPages, PageCache
 
 
 def resolve(host: HostPages, cache: PageCache, wanted: Tensor) -> None:
@@ -34,7 +34,8 @@ def resolve(host: HostPages, cache: PageCache, wanted: Tensor) -> None:
     cache.used[head, victim] = cache.step
     cache.key[head, victim] = host.key[page, head]
     cache.value[head, victim] = host.value[page, head]
-    cache.fetched.add_(len(page))
+    cache.counts[Counts.FETCHED] += len(page)
+    cache.counts[Counts.STALLS] += 1
 
 
 def _victims(cache: PageCache, head: Tensor) -> Tensor:

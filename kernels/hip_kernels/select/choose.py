@@ -14,12 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_choice, check_steps
-from hip_kernels.layout import GUARDS, NODE_PAGES, PAGE_SIZE, Choice, PagedKV, SparsePlan
+from hip_kernels.layout import (
+    GUARDS,
+    NODE_PAGES,
+    PAGE_SIZE,
+    Choice,
+    SparsePlan,
+)
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.select.enough import keep_enough
 from hip_kernels.select.nodes import page_of
 from hip_kernels.select.scores import Scores
 from hip_kernels.steps import DecodeSteps
+from hip_kernels.stored import PagedKV
 from hip_kernels.tiles import (
     ENTRIES_A_TILE,
     arrivals,

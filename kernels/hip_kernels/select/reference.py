@@ -12,10 +12,10 @@ from hip_kernels.layout import (
     PAGE_SIZE,
     QueryBlocks,
     SparsePlan,
-    StoredKV,
     soft_cap,
 )
 from hip_kernels.select.weigh import LEAST, NEVER, Context, PageLogits, best_of_rows, lookup
+from hip_kernels.stored import StoredKV
 
 
 def select(

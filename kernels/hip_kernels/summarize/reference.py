@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import StoredKV, Summaries
+from hip_kernels.layout import (
+    Summaries,
+)
+from hip_kernels.stored import StoredKV
 
 
 def summarize(kv: StoredKV, pages: Tensor, out: Summaries) -> None:

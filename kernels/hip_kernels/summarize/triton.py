@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, PagedKV, Summaries
+from hip_kernels.layout import (
+    NODE_PAGES,
+    PAGE_SIZE,
+    Summaries,
+)
+from hip_kernels.stored import PagedKV
 
 
 def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
