@@ -7,6 +7,8 @@ BIN := .venv/bin
 PYTHON ?=
 # the document that `make demo` quotes from; empty: the Python standard library's source
 DOC ?=
+# 1: `make demo` keeps KV in host memory, and a device holds an eighth of it
+OFFLOAD ?=
 # more arguments for pytest, as in: make check ARGS="-k select -x"
 ARGS ?=
 export PYTHON
@@ -25,8 +27,8 @@ help: ## this list
 setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
 	@scripts/setup.sh
 
-demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path]
-	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)")
+demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path] [OFFLOAD=1]
+	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)") $(if $(OFFLOAD),--offload)
 
 check: lint type ## lint, types and the fast tests: under two minutes
 	$(BIN)/pytest -m "not server and not soak and not interpreter" $(ARGS)

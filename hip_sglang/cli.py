@@ -1,4 +1,4 @@
-"""``hip-sglang``: serve, demo, bench, config, doctor."""
+"""``hip-sglang``: serve, demo, bench, config, plan, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.config_cli import config_app
+from hip_sglang.plan import plan
 
 # heavy modules (torch, sglang, our own mathematics) are imported inside the commands that need them
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 demo_app = typer.Typer(invoke_without_command=True)
 app.add_typer(demo_app, name="demo")
 app.add_typer(config_app, name="config")
+app.command()(plan)
 
 
 def main() -> None:
@@ -133,6 +135,9 @@ def demo(
     context: Annotated[
         int, typer.Option(min=1024, help="Tokens of the document to serve.")
     ] = 65536,
+    offload: Annotated[
+        bool, typer.Option(help="Keep KV in host memory; the device holds an eighth of it.")
+    ] = False,
 ) -> None:
     """Serve a long document with HiP attention and continue quotes from it."""
     if ctx.invoked_subcommand is not None:
@@ -142,7 +147,7 @@ def demo(
     from hip_sglang.demo.run import run_demo
 
     with one_line_errors():
-        raise typer.Exit(run_demo(doc, out, context))
+        raise typer.Exit(run_demo(doc, out, context, offload=offload))
 
 
 @demo_app.command("model")

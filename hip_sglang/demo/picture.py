@@ -14,24 +14,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hip_sglang.demo.program import Answer
+from hip_sglang.demo.report import RunResult
 from hip_sglang.demo.selections import PAGE_TOKENS, DecodeStep
 
 _SINK_AND_WINDOW = "#9aa5b1"
 _HEADS = ("#1f77b4", "#e07b00", "#2ca02c", "#9467bd")
 _TARGET = "#c1121f"
 _PAPER = "#f4f1ea"
+_FETCHED = "#111111"
 
 
-def draw_selections(
-    path: Path, answers: Sequence[Answer], trace: Mapping[str, Sequence[DecodeStep]], tokens: int
-) -> None:
+def draw_selections(path: Path, run: RunResult, trace: Mapping[str, Sequence[DecodeStep]]) -> None:
     """Write a PNG of the pages that the last layer attended while it answered each quote.
 
     A lane per KV head shows the pages that it chose: the more of the answer's decode steps chose a
-    page, the stronger its color. ``tokens`` is the length of the document.
+    page, the stronger its color. Where KV is offloaded, a mark below a page says that some step
+    had to fetch it.
     """
-    pages = -(-tokens // PAGE_TOKENS)
+    answers, pages = run.answers, -(-run.document_tokens // PAGE_TOKENS)
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
         figure = Figure(figsize=(13, 1.9 + 0.5 * len(answers)), dpi=150, layout="constrained")
         axes = figure.subplots()
@@ -64,14 +64,14 @@ def draw_selections(
             f"a page of {PAGE_TOKENS} is the stronger, the more decode steps chose it"
         )
         axes.set_ylabel("where the quote was taken from")
-        axes.set_title(_title(answers, trace), loc="left", weight="bold", fontsize=12, pad=30)
+        axes.set_title(_title(run, trace), loc="left", weight="bold", fontsize=12, pad=30)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
         axes.legend(
-            handles=_legend(heads),
+            handles=_legend(heads, run.residency is not None),
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=heads + 2,
+            ncols=heads + 3,
             frameon=False,
             borderaxespad=0.3,
             handlelength=1.2,
@@ -105,24 +105,41 @@ def _draw_row(
             color=[to_rgba(_HEADS[head % len(_HEADS)], 0.15 + 0.85 * share) for share in often],
             zorder=3,
         )
+        fetched = sorted({page for step in steps for page in step.chosen[head] - step.held[head]})
+        axes.plot(
+            np.array(fetched, dtype=float) + 0.5,
+            np.full(len(fetched), row - 0.4 + lane * (head + 0.93)),
+            marker="|",
+            markersize=3,
+            linestyle="none",
+            color=_FETCHED,
+            zorder=4,
+        )
 
 
-def _title(answers: Sequence[Answer], trace: Mapping[str, Sequence[DecodeStep]]) -> str:
-    right = sum(answer.correct for answer in answers)
-    asked = [step for answer in answers for step in trace.get(answer.request_id, [])]
+def _title(run: RunResult, trace: Mapping[str, Sequence[DecodeStep]]) -> str:
+    title = f"{run.right} of {len(run.answers)} quotes continued"
+    asked = [step for answer in run.answers for step in trace.get(answer.request_id, [])]
     if not asked:
-        return f"{right} of {len(answers)} quotes continued; every page was attended"
-    share = sum(step.share_read for step in asked) / len(asked)
-    return f"{right} of {len(answers)} quotes continued, reading {share:.1%} of the KV at each step"
+        return f"{title}; every page was attended"
+    title += f", reading {run.kv_read_share:.1%} of the KV at each step"
+    if run.residency is not None:
+        share = run.residency.device_tokens / run.document_tokens
+        title += f"; the device holds {share:.0%} of it"
+    return title
 
 
-def _legend(heads: int) -> list[Patch | Line2D]:
+def _legend(heads: int, offloaded: bool) -> list[Patch | Line2D]:
     colors = zip(range(heads), itertools.cycle(_HEADS))
     answer = Line2D(
         [], [], marker="v", linestyle="none", color=_TARGET, markersize=7, label="the answer"
     )
+    fetched = Line2D(
+        [], [], marker="|", linestyle="none", color=_FETCHED, label="fetched from host memory"
+    )
     return [
         *(Patch(color=color, label=f"chosen by KV head {head}") for head, color in colors),
         Patch(color=_SINK_AND_WINDOW, label="sink and window"),
+        *([fetched] if offloaded else []),
         answer,
     ]

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from hip_sglang.demo.program import Answer, Speed
 from hip_sglang.provenance import accelerator, cores, memory_gib, processor, versions
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What of offloaded KV the device held."""
+
+    device_tokens: int
+    held_share: float  # of the pages that decode steps chose, before they were fetched
+
+    def sentence(self, tokens: int) -> str:
+        return (
+            f"the device held {self.device_tokens:,} of {tokens:,} tokens of KV, and "
+            f"{self.held_share:.0%} of the pages that decode steps chose were among them"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,13 +38,11 @@ class RunResult:
     speed: Speed
     answers: tuple[Answer, ...]
     kv_read_share: float = 1.0  # in a decode step, summaries included
+    residency: Residency | None = None  # where KV was offloaded
 
     @property
     def right(self) -> int:
         return sum(answer.correct for answer in self.answers)
-
-    def with_share(self, kv_read_share: float) -> RunResult:
-        return replace(self, kv_read_share=kv_read_share)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +55,7 @@ class RunResult:
             "kv_read_share": round(self.kv_read_share, 4),
             "quotes_right": self.right,
             "quotes": len(self.answers),
+            "residency": None if self.residency is None else asdict(self.residency),
         }
 
 

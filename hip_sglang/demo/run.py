@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from hip_kernels.layout import PAGE_SIZE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,15 +21,17 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import Document, library_text, read_text
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.picture import draw_selections
 from hip_sglang.demo.program import Answer, ask, measure_speed
 from hip_sglang.demo.quotes import Quote, pick_quotes
-from hip_sglang.demo.report import DemoReport, RunResult
-from hip_sglang.demo.selections import mean_share_read, read_trace
+from hip_sglang.demo.report import DemoReport, Residency, RunResult
+from hip_sglang.demo.selections import mean_share_read, read_trace, share_held
 from hip_sglang.demo.server import Server, serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
+from hip_sglang.kv.memory import GIB, KVShape
 
 QUOTES = 10
 REPORT = "demo-report.json"
@@ -47,12 +51,16 @@ class Way:
     name: str
     arguments: tuple[str, ...]
     context: int
+    device_tokens: int | None = None  # where KV is offloaded
 
 
-def run_demo(doc: Path | None, out_dir: Path, context: int = 65536) -> int:
+def run_demo(
+    doc: Path | None, out_dir: Path, context: int = 65536, *, offload: bool = False
+) -> int:
     """Serve ``doc`` (default: Python's library) and ask for quotes from it.
 
     HiP reads ``context`` tokens, our keep-all half of that, SGLang's ``torch_native`` an eighth.
+    With ``offload`` HiP has its KV in host memory, and a device that holds an eighth of it.
     Where HiP answers wrongly, keep-all is asked the same at HiP's length. Writes the report, the
     picture, the model and the servers' logs to ``out_dir``. Returns 1 where keep-all is right and
     HiP wrong, else 0. Raises ValueError where the document cannot be used, ChildProcessError or
@@ -66,24 +74,39 @@ def run_demo(doc: Path | None, out_dir: Path, context: int = 65536) -> int:
         TimeElapsedColumn(),
     )
     with unwind_on_signals(), Progress(*columns, console=console) as progress:
-        demo = _Demo(doc, out_dir, progress)
+        demo = _Demo(doc, out_dir, progress, offload)
         report = demo.run(context)
     for table in report.tables():
         console.print(table)
+    if (shown := report.runs[0]).residency is not None:
+        console.print(shown.residency.sentence(shown.document_tokens))
     for file in (PICTURE, REPORT):
         console.print(f"wrote {out_dir / file}", soft_wrap=True)
     return 1 if report.lost else 0
 
 
-def scaled_ways(tokens: int, context: int, trace: Path) -> tuple[Way, Way, Way]:
-    """HiP, keep-all and torch_native, for a document of ``tokens`` tokens and a wanted context."""
+def scaled_ways(
+    tokens: int, context: int, trace: Path, token_bytes: int | None = None
+) -> tuple[Way, Way, Way]:
+    """HiP, keep-all and torch_native, for a document of ``tokens`` tokens and a wanted context.
+
+    With ``token_bytes``, what the KV of a token takes, the first has its KV in host memory.
+    """
     # whole pages
     context = min(context, -(-(tokens + _ROOM) // 64) * 64)
     half, eighth = (min(context, max(_MINIMUM_CONTEXT, context // part)) for part in (2, 8))
     hip = ("--attention-backend", "hip_attention", "--hip-preset")
-    traced = json.dumps({"trace": str(trace.resolve())})
+    config: dict[str, Any] = {"trace": str(trace.resolve())}
+    name, device_tokens = "HiP (balanced)", None
+    if token_bytes is not None:
+        # one query may read so much exactly
+        device_tokens = max(HipConfig().step_pages * PAGE_SIZE, eighth)
+        gib = (context + _SPARE_TOKENS + PAGE_SIZE) * token_bytes / GIB
+        config["offload"] = {"host_gib": round(gib, 6), "device_tokens": device_tokens}
+        name = "HiP (offloaded)"
+    arguments = *hip, "balanced", "--hip-config", json.dumps(config)
     return (
-        Way("HiP (balanced)", (*hip, "balanced", "--hip-config", traced), context),
+        Way(name, arguments, context, device_tokens),
         Way("HiP keep-all", (*hip, "dense"), half),
         Way("SGLang torch_native", ("--attention-backend", "torch_native"), eighth),
     )
@@ -92,7 +115,7 @@ def scaled_ways(tokens: int, context: int, trace: Path) -> tuple[Way, Way, Way]:
 class _Demo:
     """The state that the three ways share: the text, the model and the folder."""
 
-    def __init__(self, doc: Path | None, out_dir: Path, progress: Progress) -> None:
+    def __init__(self, doc: Path | None, out_dir: Path, progress: Progress, offload: bool) -> None:
         self._source = str(doc) if doc else "the Python standard library's source"
         self._text = read_text(doc) if doc else library_text()
         self._out = out_dir
@@ -102,12 +125,18 @@ class _Demo:
             # a user's document may be in any script: its own words make the better tokens
             write_model(self._model, text=self._text[:_TRAINING_CHARACTERS] if doc else None)
         self._tokenizer = load_tokenizer(self._model)
+        self._token_bytes = None
+        if offload:
+            described = json.loads((self._model / "config.json").read_text(encoding="utf-8"))
+            self._token_bytes = KVShape.of(described, itemsize=4).token_bytes
 
     def run(self, context: int) -> DemoReport:
         trace_file = self._out / "trace.jsonl"
         trace_file.unlink(missing_ok=True)
         document, quotes = self._read(context)
-        hip, keep_all, native = scaled_ways(len(document.ids), context, trace_file)
+        hip, keep_all, native = scaled_ways(
+            len(document.ids), context, trace_file, self._token_bytes
+        )
         # all that can be refused is refused before the first server starts
         halves, eighths = self._read(keep_all.context), self._read(native.context)
         if hip.context < context:
@@ -120,8 +149,11 @@ class _Demo:
             shown = self._measure(hip, server, document, quotes)
         trace = read_trace(trace_file)
         steps = [step for answer in shown.answers for step in trace.get(answer.request_id, [])]
-        shown = shown.with_share(mean_share_read(steps))
-        draw_selections(self._out / PICTURE, shown.answers, trace, len(document.ids))
+        residency = None
+        if hip.device_tokens is not None:
+            residency = Residency(hip.device_tokens, share_held(steps))
+        shown = replace(shown, kv_read_share=mean_share_read(steps), residency=residency)
+        draw_selections(self._out / PICTURE, shown, trace)
 
         wrong = [answer.quote for answer in shown.answers if not answer.correct]
         with self._serving(keep_all, hip.context if wrong else keep_all.context) as server:

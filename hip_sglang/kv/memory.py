@@ -73,6 +73,7 @@ class MemoryPlan:
     logical_tokens: int
     host_bytes: int
     device_tokens: int
+    running: int  # requests at once
     cache_bytes: int
     summary_bytes: int
     table_bytes: int
@@ -88,11 +89,11 @@ class MemoryPlan:
         running: int,
         device_bytes: int | None,
     ) -> MemoryPlan:
-        """For ``running`` requests of up to ``context`` tokens.
+        """For requests of up to ``context`` tokens, ``running`` at once or as many as can.
 
         ``host_bytes`` and ``device_bytes`` are the rank's, for KV alone; without the latter the
-        configuration must say how many tokens the device holds. Raises ``ConfigError`` with the
-        number needed where it does not fit.
+        device has room for what is asked for. Raises ``ConfigError`` with the number needed where
+        one request does not fit.
         """
         assert config.offload is not None
         page_bytes = shape.token_bytes * PAGE_SIZE
@@ -105,58 +106,37 @@ class MemoryPlan:
                 "raise it"
             )
         means = SUB_PAGES if config.sub_page_means else 1
-        nodes = 0
+        nodes = 0  # places for them
         if config.nodes_from is not None and config.nodes_from < context:
             nodes = pages // NODE_PAGES + running
         summaries = shape.summary_bytes(means) * (pages + 1 + nodes)
         tables = shape.heads * PAGE_BYTES * (pages + 1)
-        needed = running * config.step_pages
         slot_bytes = page_bytes + shape.heads * SLOT_BYTES
-        slots = cls._slots(config, device_bytes, summaries + tables, slot_bytes, needed)
-        slots = min(slots, pages)
-        if slots < min(needed, pages):
-            raise ConfigError(
-                f"offload.device_tokens={slots * PAGE_SIZE} is too small: a decode step of "
-                f"{running} running requests needs {needed * PAGE_SIZE:,} tokens on the device "
-                f"({config.step_pages * PAGE_SIZE:,} each: the larger of dense_threshold and sink "
-                "+ window + budget); raise it, or lower --max-running-requests or dense_threshold"
-            )
+        asked = config.offload.device_tokens
+        wanted = running * config.step_pages if asked is None else asked // PAGE_SIZE
+        if device_bytes is not None:
+            room = (device_bytes - summaries - tables) // slot_bytes
+            least = config.step_pages if asked is None else wanted
+            if room < min(least, pages):
+                raise ConfigError(
+                    f"the device has {device_bytes / GIB:.2f} GiB for KV, and "
+                    f"{(summaries + tables + least * slot_bytes) / GIB:.2f} GiB are needed: "
+                    f"summaries and tables {(summaries + tables) / GIB:.2f} GiB, and "
+                    f"{least * PAGE_SIZE:,} tokens of KV; lower offload.host_gib"
+                    + ("" if asked is None else " or offload.device_tokens")
+                )
+            wanted = room if asked is None else wanted
+        slots = min(wanted, pages)
         return cls(
             logical_tokens=pages * PAGE_SIZE,
             host_bytes=(pages + 1) * page_bytes,
             device_tokens=slots * PAGE_SIZE,
+            # what fits the device as a whole needs no more
+            running=running if slots == pages else min(running, slots // config.step_pages),
             cache_bytes=slots * page_bytes,
             summary_bytes=summaries,
             table_bytes=tables + slots * shape.heads * SLOT_BYTES,
         )
-
-    @staticmethod
-    def _slots(
-        config: HipConfig, device_bytes: int | None, fixed: int, slot_bytes: int, needed: int
-    ) -> int:
-        """Pages that the device holds, by what is asked for and what there is room for."""
-        assert config.offload is not None
-        asked = config.offload.device_tokens
-        if device_bytes is None:
-            return needed if asked is None else asked // PAGE_SIZE
-        room = (device_bytes - fixed) // slot_bytes
-        if asked is None:
-            if room < needed:
-                raise ConfigError(
-                    f"the device has {device_bytes / GIB:.2f} GiB for KV, and "
-                    f"{(fixed + needed * slot_bytes) / GIB:.2f} GiB are needed: summaries and "
-                    f"tables {fixed / GIB:.2f} GiB, and {needed * PAGE_SIZE:,} tokens of KV; lower "
-                    "offload.host_gib or --max-running-requests"
-                )
-            return room
-        if room < asked // PAGE_SIZE:
-            raise ConfigError(
-                f"offload.device_tokens={asked} and the summaries need "
-                f"{(fixed + asked // PAGE_SIZE * slot_bytes) / GIB:.2f} GiB, and the device has "
-                f"{device_bytes / GIB:.2f} GiB for KV; lower offload.device_tokens to "
-                f"{max(0, room) * PAGE_SIZE}, or offload.host_gib"
-            )
-        return asked // PAGE_SIZE
 
     @property
     def device_bytes(self) -> int:
@@ -169,5 +149,6 @@ class MemoryPlan:
         return (
             f"logical {self.logical_tokens:,} tokens = {gib(self.host_bytes)} host; device cache "
             f"{self.device_tokens:,} tokens = {gib(self.cache_bytes)}; summaries "
-            f"{gib(self.summary_bytes)}; tables {gib(self.table_bytes)}"
+            f"{gib(self.summary_bytes)}; tables {gib(self.table_bytes)}; {self.running} running "
+            "requests at most"
         )

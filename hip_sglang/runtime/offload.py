@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,11 @@ def create_configurator(original: Callable[..., Any], kvc: Any) -> Any:
         def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
             plan = memory_plan(kvc, offloads, available_bytes)
             return self.calculate_pool_sizes_from_max_tokens(plan.logical_tokens, page_size)
+
+        def finalize_with_max_running_requests(self, config: Any) -> Any:
+            # what one decode step reads is on the device at once
+            most = _plans[id(kvc)].running
+            return replace(config, max_running_requests=min(config.max_running_requests, most))
 
     return HostPoolConfigurator(kvc)
 

@@ -14,7 +14,7 @@ import torch
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
-from hip_sglang.config import Offload
+from hip_sglang.config import HipConfig
 from hip_sglang.kv.memory import GIB
 from hip_sglang.runtime import doors, host_platform
 from hip_sglang.runtime.requirements import BACKEND, UnsupportedError
@@ -81,11 +81,9 @@ def settle_backend(server_args: Any) -> None:
             "take it out"
         )
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
-    running = _running_requests(cfg)
-    if (offload := doors.config_of(server_args).offload) is not None:
-        running = min(running, _offloaded_requests(server_args, offload))
     if cfg.max_running_requests is None:
-        declare_resolution(server_args, BACKEND, max_running_requests=running)
+        declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
+    _check_offload(doors.config_of(server_args))
     if cfg.device == "cpu" or not doors.config_of(server_args).captures:
         _disable_graphs(server_args)
     elif cfg.cuda_graph_config.prefill.backend == "full":
@@ -116,24 +114,23 @@ def _running_requests(cfg: Any) -> int:
     return int(max(1, min(most, REQ_TO_TOKEN_BYTES // row_bytes)))
 
 
-def _offloaded_requests(server_args: Any, offload: Offload) -> int:
-    """How many requests such a device serves at once; refused where one cannot be."""
-    free = _free_memory()
-    if offload.host_gib * GIB > free:
+def _check_offload(config: HipConfig) -> None:
+    """Refuse more host memory than there is, and a device too small for one query."""
+    if config.offload is None:
+        return
+    free, asked = _free_memory(), config.offload.host_gib
+    if asked * GIB > free:
         raise UnsupportedError(
-            f"offload.host_gib={offload.host_gib:g} is more than the {free / GIB:.1f} GiB of host "
-            "memory that are free here, by the container's limit where there is one; lower it"
+            f"offload.host_gib={asked:g} is more than the {free / GIB:.1f} GiB of host memory that "
+            "are free here, by the container's limit where there is one; lower it"
         )
-    if offload.device_tokens is None:
-        return MAX_RUNNING_REQUESTS
-    needed = doors.config_of(server_args).step_pages * PAGE_SIZE
-    if offload.device_tokens < needed:
+    needed, tokens = config.step_pages * PAGE_SIZE, config.offload.device_tokens
+    if tokens is not None and tokens < needed:
         raise UnsupportedError(
-            f"offload.device_tokens={offload.device_tokens} is too small: one query reads up to "
-            f"{needed:,} tokens exactly (the larger of dense_threshold and sink + window + "
-            f"budget); set it to {needed} or more, or lower those"
+            f"offload.device_tokens={tokens} is too small: one query reads up to {needed:,} tokens "
+            "exactly (the larger of dense_threshold and sink + window + budget + its own page); "
+            f"set it to {needed} or more, or lower those"
         )
-    return offload.device_tokens // needed
 
 
 def _replicas(cfg: Any) -> int:
