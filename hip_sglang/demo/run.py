@@ -100,9 +100,9 @@ def scaled_ways(
     name, device_tokens = "HiP (balanced)", None
     if token_bytes is not None:
         # one query may read so much exactly
-        device_tokens = max(HipConfig().step_pages * PAGE_SIZE, eighth)
+        device_tokens = max(HipConfig().step_pages, -(-eighth // PAGE_SIZE)) * PAGE_SIZE
         gib = (context + _SPARE_TOKENS + PAGE_SIZE) * token_bytes / GIB
-        config["offload"] = {"host_gib": round(gib, 6), "device_tokens": device_tokens}
+        config["offload"] = {"host_gib": gib, "device_tokens": device_tokens}
         name = "HiP (offloaded)"
     arguments = *hip, "balanced", "--hip-config", json.dumps(config)
     return (

@@ -78,7 +78,7 @@ class PageCache:
     slot: Tensor  # [Hkv, pages] int32: where a page is held; -1 is nowhere
     page: Tensor  # [Hkv, slots] int32: which page a slot holds; -1 is none
     used: Tensor  # [Hkv, slots] int64: the step that wanted it last
-    step: Tensor  # [1] int64
+    step: Tensor  # [Hkv] int64
     counts: Tensor  # [5] int64: see ``Counts``
 
     @classmethod
@@ -98,7 +98,7 @@ class PageCache:
             slot=full(-1, heads, pages, dtype=torch.int32),
             page=full(-1, heads, slots, dtype=torch.int32),
             used=full(-1, heads, slots),
-            step=full(0, 1),
+            step=full(0, heads),
             counts=full(0, len(Counts)),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from rich.console import Console
 from hip_sglang.demo.picture import draw_selections
 from hip_sglang.demo.program import Answer, Speed
 from hip_sglang.demo.quotes import Quote
-from hip_sglang.demo.report import DemoReport, RunResult
-from hip_sglang.demo.selections import mean_share_read, read_trace
+from hip_sglang.demo.report import DemoReport, Residency, RunResult
+from hip_sglang.demo.selections import mean_share_read, read_trace, share_held
 
 TOKENS = 65536
 
@@ -46,6 +47,8 @@ def step(rid: str, layer: int, chosen: list[list[int]]) -> dict[str, Any]:
         "sink_pages": 1,
         "window_pages": 16,
         "chosen": chosen,
+        # the device holds every other page
+        "held": [pages[::2] for pages in chosen],
         "kv_read_share": 0.125 if layer else 0.075,
     }
 
@@ -72,12 +75,14 @@ def test_a_trace_is_read_by_request(trace_file: Path) -> None:
     assert [s.layer for s in first] == [0, 0, 0, 1, 1, 1]
     assert first[0].chosen[1] == frozenset(range(100, 132))
     assert first[0].share_read == 0.075
+    assert share_held(first) == pytest.approx(0.5)
     assert mean_share_read(first) == pytest.approx(0.1)
 
 
 def test_where_nothing_is_pruned_everything_is_read(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "missing.jsonl") == {}
     assert mean_share_read([]) == 1.0
+    assert share_held([]) == 1.0
 
 
 def color_share(picture: np.ndarray, color: str) -> float:
@@ -87,7 +92,7 @@ def color_share(picture: np.ndarray, color: str) -> float:
 
 def test_the_picture_marks_chosen_pages_and_answers(trace_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    draw_selections(path, answers(), read_trace(trace_file), TOKENS)
+    draw_selections(path, run_result("HiP"), read_trace(trace_file))
     picture = imread(path)
     assert picture.shape[1] > 1500
     for color in ("#1f77b4", "#e07b00", "#9aa5b1", "#c1121f"):
@@ -98,7 +103,7 @@ def test_the_picture_marks_chosen_pages_and_answers(trace_file: Path, tmp_path: 
 
 def test_the_picture_is_drawn_without_a_trace_too(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    draw_selections(path, answers(), {}, TOKENS)
+    draw_selections(path, run_result("HiP"), {})
     picture = imread(path)
     assert color_share(picture, "#9aa5b1") > 0.3
     assert color_share(picture, "#e07b00") < 0.01
@@ -130,6 +135,7 @@ def test_the_report_names_every_quote_run_and_the_machine() -> None:
         "kv_read_share": 0.04,
         "quotes_right": 9,
         "quotes": 10,
+        "residency": None,
     }
     assert content["provenance"]["versions"]["sglang"]
     assert content["provenance"]["machine"]["cores"] >= 1
@@ -156,3 +162,20 @@ def test_the_tables_fit_a_terminal() -> None:
     assert "9 of 10" in text
     assert "4.0%" in text
     assert "…" not in text
+
+
+def test_a_device_that_holds_little_is_reported(trace_file: Path, tmp_path: Path) -> None:
+    run = replace(run_result("HiP"), residency=Residency(8192, 0.5))
+    assert run.as_json()["residency"] == {"device_tokens": 8192, "held_share": 0.5}
+    sentence = run.residency.sentence(run.document_tokens)
+    assert "8,192 of 65,400 tokens" in sentence
+    assert "50%" in sentence
+    plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
+    trace = read_trace(trace_file)
+    draw_selections(marked, run, trace)
+    everything_held = {
+        rid: [replace(step, held=step.chosen) for step in steps] for rid, steps in trace.items()
+    }
+    draw_selections(plain, run, everything_held)
+    dark = [color_share(imread(picture), "#111111") for picture in (plain, marked)]
+    assert dark[1] > dark[0] + 0.001, "pages that were fetched are marked"

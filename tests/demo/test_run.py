@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hip_sglang.config import HipConfig
 from hip_sglang.demo import run as demo
 from hip_sglang.demo.program import Answer, Speed
 from hip_sglang.demo.quotes import Quote
@@ -208,3 +209,15 @@ def test_a_terminated_demo_takes_its_server_along(tmp_path: Path) -> None:
     assert process.wait(20) == 128 + signal.SIGTERM
     process.stdout.close()
     assert gone(child)
+
+
+def test_an_offloaded_way_has_a_device_of_an_eighth(tmp_path: Path) -> None:
+    hip, *others = scaled_ways(131_000, 131072, tmp_path / "trace.jsonl", token_bytes=4096)
+    config = HipConfig.load(hip.arguments[hip.arguments.index("--hip-config") + 1])
+    assert config.offload is not None
+    assert config.offload.device_tokens == hip.device_tokens == 131072 // 8
+    assert config.offload.host_gib * 2**30 > 131072 * 4096
+    assert [way.device_tokens for way in others] == [None, None]
+    # never less than one query reads
+    hip, *_ = scaled_ways(20_000, 20_000, tmp_path / "trace.jsonl", token_bytes=4096)
+    assert hip.device_tokens == HipConfig().start
