@@ -35,7 +35,7 @@ def plan_blocks(
     The last row of an incomplete page predicts the first new token. Where it prunes it is a block
     of its own, as the decode steps after it: it need not share a budget with up to 62 others.
 
-    Blocks of one row that prune and stand at ``nodes_from`` or later search through nodes:
+    Blocks that prune and stand at ``nodes_from`` or later search through nodes:
     node_table [B, J] leads from a request's n-th node of ``NODE_PAGES`` pages to where it is.
     Decode steps of requests that ``reuses`` [B] marks are blocks by themselves.
     """
@@ -64,7 +64,7 @@ def plan_blocks(
             start=start[requests],
             table=page_table[requests],
             rows=rows,
-            nodes_from=nodes_from if rows == 1 else None,
+            nodes_from=nodes_from,
             node_table=None if node_table is None else node_table[requests],
             request=requests,
             reuses=reuses,
@@ -83,6 +83,8 @@ def plan_blocks(
             start=start[b : b + 1],
             table=page_table[b : b + 1],
             rows=PAGE_SIZE,
+            nodes_from=nodes_from,
+            node_table=None if node_table is None else node_table[b : b + 1],
             request=torch.tensor([b]),
         )
     return found

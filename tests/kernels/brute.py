@@ -51,7 +51,7 @@ def expected(
                     known = None
                     if held is not None:
                         known = {p for p in held.pages[number, head].tolist() if p >= 0}
-                    seen = one.look(block.flatten(0, 1), page, plan, single, single and far, known)
+                    seen = one.look(block.flatten(0, 1), page, plan, single, far, known)
                     if held is not None:
                         seen.corrections = held.correction[number, head].tolist()
                 for t in range(low, high):

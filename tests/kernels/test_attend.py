@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -137,11 +138,36 @@ def test_a_search_through_nodes_equals_plain_loops(means: int, second_look: int,
     torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beam": 1},
+        {"beam": 2, "top_p": 0.6},
+        {"beam": 1, "sink_pages": 9, "window_pages": 10, "remainder": "quadratic"},
+        {"beam": 1, "logit_cap": 3.0, "remainder": "none", "budget_pages": 12},
+    ],
+    ids=str,
+)
+def test_prompts_that_search_through_nodes_equal_plain_loops(settings: dict[str, Any]) -> None:
+    plan = SparsePlan(**({"sink_pages": 1, "window_pages": 3, "budget_pages": 2} | settings))
+    # across the threshold, within a page, and from a node's last page into the next node
+    shapes = [(1515, 40), (2900, 12), (2040, 30)]
+    requests = make_requests(shapes, heads=2, width=24, value_width=40)
+    query = queries(requests, 4, 24)
+    limits = {"sparse_from": 256, "sparse_decode_from": 128}
+    found = run(requests, query, plan, **limits, nodes_from=1536)
+    reference = expected(requests, query, plan, **limits, nodes_from=1536)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+    flat = run(requests, query, plan, **limits)
+    torch.testing.assert_close(found[:21], flat[:21])
+    assert float((found[21:] - flat[21:]).abs().max()) > 1e-3
+
+
 def test_a_beam_of_all_nodes_weighs_every_page() -> None:
     plan = SparsePlan(1, 3, 2, "harmonic", 1, beam=99)
-    requests = make_requests([(3500, 1), (2047, 1)], heads=2, width=24, value_width=40)
+    requests = make_requests([(3500, 1), (2047, 1), (2000, 100)], heads=2, width=24, value_width=40)
     query = queries(requests, 6, 24)
-    limits = {"sparse_from": None, "sparse_decode_from": 0}
+    limits = {"sparse_from": 0, "sparse_decode_from": 0}
     with_nodes = run(requests, query, plan, **limits, nodes_from=0)
     torch.testing.assert_close(with_nodes, run(requests, query, plan, **limits))
 
@@ -201,15 +227,17 @@ def test_keep_all_and_a_budget_beyond_the_context_are_dense(
     torch.testing.assert_close(sparse, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_of_whole_pages_do_not_change_what_is_computed() -> None:
-    whole = make_requests([(0, 900)], heads=2, width=32, value_width=32)
+@pytest.mark.parametrize("nodes_from", [None, 1536])
+def test_chunks_of_whole_pages_do_not_change_what_is_computed(nodes_from: int | None) -> None:
+    plan = replace(SMALL, beam=1)
+    whole = make_requests([(0, 2900)], heads=2, width=32, value_width=32)
     query = queries(whole, 4, 32)
-    limits = {"sparse_from": 192, "sparse_decode_from": 192}
-    at_once = run(whole, query, SMALL, **limits)
+    limits = {"sparse_from": 192, "sparse_decode_from": 192, "nodes_from": nodes_from}
+    at_once = run(whole, query, plan, **limits)
     key, value = whole[0].key, whole[0].value
-    for start, end in ((0, 320), (320, 384), (384, 900)):
+    for start, end in ((0, 1600), (1600, 1664), (1664, 2900)):
         chunk = Request(key[:end], value[:end], prefix=start)
-        found = run([chunk], query[start:end], SMALL, **limits, seed=start)
+        found = run([chunk], query[start:end], plan, **limits, seed=start)
         torch.testing.assert_close(found, at_once[start:end], rtol=1e-4, atol=1e-5)
 
 

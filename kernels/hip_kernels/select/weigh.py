@@ -138,39 +138,35 @@ def weigh_nodes(
 ) -> Context:
     """A column for every page of the ``beam`` heaviest nodes, and the others as they are.
 
-    query [Hkv, N, M, D], one row a block. ``near`` are summaries of nodes, ``local`` leads to
-    them. A node that reaches into the sink or the window is represented by its pages. Pages that
-    are ``chosen`` already, [Hkv, N, K], come with their nodes, however light these are.
+    query [Hkv, N, M, D]; the rows of a block and the heads of a group share a beam. ``near`` are
+    summaries of nodes, ``local`` leads to them. A node that reaches into the sink or the window is
+    represented by its pages. Pages that are ``chosen`` already, [Hkv, N, K], come with their
+    nodes, however light these are.
     """
     heads = len(query)
     shape = (*query.shape[:3], near.pages)
     logit = page_logits(query.flatten(1, 2), near, plan).view(*shape).page
     logit += math.log(NODE_PAGES)  # a summary counts for 64 keys, a node holds more
-    first = -(-plan.sink_pages // NODE_PAGES)
-    end = ((blocks.page - plan.window_pages) // NODE_PAGES).clamp(min=first)[:, None]  # [N, 1]
-    node = numbers(local, end.squeeze(1), near.pages)  # [N, J]
+    first, end = node_range(blocks.page, plan)
+    node = numbers(local, end, near.pages)  # [N, J]
     node = node.where(node >= first, -1)
     logit = logit.masked_fill_((node < 0)[:, None], NEVER)
 
-    head = torch.arange(first * NODE_PAGES, device=end.device).expand(len(blocks), -1)
-    tail = end * NODE_PAGES + torch.arange(plan.window_pages + NODE_PAGES, device=end.device)
-    edges = torch.cat([head, tail], -1)
-    edges = edges.where(edges < blocks.page[:, None], -1).expand(heads, -1, -1)
+    edges = torch.cat(edge_pages(blocks.page, plan), -1).expand(heads, -1, -1)
     edge = _some_pages(query, summaries, edges, blocks, plan)
     mass = edge.mass().logaddexp(logit.logsumexp(-1, keepdim=True))
 
-    score = (logit - mass).amax(2)  # [Hkv, N, J]
+    score = best_of_rows(logit - mass, blocks)  # [Hkv, N, J]
     if chosen is not None:
         check_beam(plan, chosen)
         wanted = chosen // NODE_PAGES
-        inside = (wanted >= first) & (wanted < end)
+        inside = (wanted >= first) & (wanted < end[:, None])
         wanted = lookup(local.table, wanted.where(inside, -1))
         score = score.masked_fill(mark(wanted, inside, near.pages), -NEVER)
     best, columns = score.topk(min(plan.beam, near.pages))
     real = best > NEVER
-    child = node.expand(heads, -1, -1).gather(2, columns).unsqueeze(-1) * NODE_PAGES
-    child = (child + torch.arange(NODE_PAGES, device=end.device)).where(real.unsqueeze(-1), -1)
-    beam = _some_pages(query, summaries, child.flatten(2), blocks, plan)
+    child = node_pages(node.expand(heads, -1, -1).gather(2, columns).where(real, -1))
+    beam = _some_pages(query, summaries, child, blocks, plan)
     logit = logit.masked_fill(mark(columns, real, near.pages).unsqueeze(2), NEVER)
     return Context(
         torch.cat([edges, beam.page], -1),
@@ -178,6 +174,27 @@ def weigh_nodes(
         torch.cat([edge.value, beam.value], 2),
         Nodes(logit, near.value[:, None]),
     )
+
+
+def node_range(page: Tensor, plan: SparsePlan) -> tuple[int, Tensor]:
+    """The first node past the sink, and the end [N] of those before the window of ``page`` [N]."""
+    first = -(-plan.sink_pages // NODE_PAGES)
+    return first, ((page - plan.window_pages) // NODE_PAGES).clamp(min=first)
+
+
+def edge_pages(page: Tensor, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    """The pages before and after the nodes of blocks in ``page`` [N]: [N, S] each, -1 is none."""
+    first, end = node_range(page, plan)
+    head = torch.arange(first * NODE_PAGES, device=page.device).expand(len(page), -1)
+    past = torch.arange(plan.window_pages + NODE_PAGES, device=page.device)
+    tail = end[:, None] * NODE_PAGES + past
+    return head.where(head < page[:, None], -1), tail.where(tail < page[:, None], -1)
+
+
+def node_pages(nodes: Tensor) -> Tensor:
+    """The pages [..., K * NODE_PAGES] of logical nodes [..., K]; -1 is none."""
+    pages = nodes.unsqueeze(-1) * NODE_PAGES + torch.arange(NODE_PAGES, device=nodes.device)
+    return pages.where(nodes.unsqueeze(-1) >= 0, -1).flatten(-2)
 
 
 def check_beam(plan: SparsePlan, chosen: Tensor) -> None:
