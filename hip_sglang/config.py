@@ -63,7 +63,7 @@ class LayerPlan:
     means: int  # mean keys a page: 4 of 16 tokens, or 1
     sparse_from: int | None  # prefill blocks at this position or later prune; None: never
     sparse_decode_from: int | None  # the same of decode steps
-    nodes_from: int | None  # decode steps at this position or later search through nodes
+    nodes_from: int | None  # sparse queries at this position or later search through nodes
     refresh: int  # a decode step chooses anew every so many tokens
 
     @property
@@ -156,13 +156,13 @@ class HipConfig(BaseModel):
     node_threshold: Tokens = Field(
         default=262144,
         ge=0,
-        description="decode steps at positions from this on weigh nodes of 512 tokens first, and "
+        description="sparse queries at positions from this on weigh nodes of 512 tokens first, and "
         "then the pages of the heaviest ones; below, every page. Rounded up to whole nodes",
     )
     beam: Tokens = Field(
         default=65536,
         ge=NODE_TOKENS,
-        description="tokens of the nodes whose pages a decode step weighs beyond node_threshold; "
+        description="tokens of the nodes whose pages are weighed beyond node_threshold; "
         f"at least one node of {NODE_TOKENS}, and with refresh one for each page of the budget",
     )
     refresh: Tokens = Field(
@@ -276,8 +276,8 @@ class HipConfig(BaseModel):
 
     @property
     def nodes_from(self) -> int | None:
-        """The position from which on decode steps search through nodes; None: never."""
-        if self.strategy == "tree" or self.decode == "dense":
+        """The position from which on sparse queries search through nodes; None: never."""
+        if self.strategy == "tree" or self.prefill == self.decode == "dense":
             return None
         # where the beam holds every node, there is nothing to search through
         return max(self.node_threshold, self._beam_nodes * NODE_TOKENS)

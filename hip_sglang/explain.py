@@ -134,18 +134,16 @@ def _search(plan: LayerPlan) -> list[str]:
     if pages.strategy == "tree":
         return ["the budget is filled by HiP's published search, which reads single keys"]
     found = ["the budget is filled by the summaries of all pages"]
-    if plan.sparse_decode_from is None:
-        return found
-    if pages.second_look:
+    if pages.second_look and plan.sparse_decode_from is not None:
         looked = pages.second_look * pages.budget_pages * PAGE_SIZE
         found[0] += f"; a decode step then looks at up to {looked:,} keys"
-    if plan.refresh > 1:
+    if plan.refresh > 1 and plan.sparse_decode_from is not None:
         found.append(
             f"decode steps choose anew every {plan.refresh} tokens, and keep their choice between"
         )
     if plan.nodes_from is not None:
         found.append(
-            f"decode steps at positions from {first_sparse_position(plan.nodes_from):,} weigh "
+            f"sparse queries at positions from {first_sparse_position(plan.nodes_from):,} weigh "
             f"nodes of {NODE_PAGES * PAGE_SIZE} tokens, and the pages of the {pages.beam} heaviest"
         )
     return found

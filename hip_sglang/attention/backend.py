@@ -72,12 +72,14 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         context = self.req_to_token.shape[1]
         if config.nodes_from is not None and config.nodes_from < context:
             self.nodes = NodeDirectory(pages_of(self.token_to_kv_pool), rows, device)
-            start, pages = config.nodes_from, context // PAGE_SIZE
-            # a batch may be padded to a multiple of the ranks
-            requests, in_turn = rows + runner.server_args.tp_size, runner.server_args.pp_size > 1
-            self.node_tables = NodeTables(
-                self.nodes, start, requests, pages, self._make_nodes, in_turn=in_turn
-            )
+            if config.decode == "sparse":
+                start, pages = config.nodes_from, context // PAGE_SIZE
+                # a batch may be padded to a multiple of the ranks
+                requests = rows + runner.server_args.tp_size
+                in_turn = runner.server_args.pp_size > 1
+                self.node_tables = NodeTables(
+                    self.nodes, start, requests, pages, self._make_nodes, in_turn=in_turn
+                )
         self.summaries = SummaryPool(
             self.token_to_kv_pool, self.layers, self.nodes.places if self.nodes else 0
         )

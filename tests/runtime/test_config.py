@@ -85,6 +85,14 @@ def test_nodes_begin_where_a_node_does():
     assert HipConfig.load({"node_threshold": 100_000}).nodes_from == 196 * 512
 
 
+def test_nodes_are_for_whatever_prunes():
+    threshold = 262144
+    assert HipConfig.load({"decode": "dense"}).nodes_from == threshold
+    assert HipConfig.load({"prefill": "dense"}).nodes_from == threshold
+    assert HipConfig.load({"preset": "dense"}).nodes_from is None
+    assert HipConfig.load({"strategy": "tree"}).nodes_from is None
+
+
 def test_the_share_read_counts_summaries_and_the_second_look():
     plan = HipConfig.load(None).layer_plan(0)
     # 50 pages of keys and values, 64 of keys; 4 means, 1 deviation and 1 value of 1023 pages
