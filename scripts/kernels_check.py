@@ -66,6 +66,8 @@ def variants(card: Card) -> Iterator[Variant]:
             yield f"prompt {width}, capped", capped
         enough = partial(launch_blocks, width, 8, 0.0, STORED[0], top_p=0.9)
         yield f"prompt {width}, top_p", enough
+        far = partial(launch_blocks, width, 8, 0.0, STORED[0], nodes=True)
+        yield f"prompt {width}, nodes", far
         yield f"decode {width}, top_p", partial(launch_step, width, 8, 0.0, STORED[0])
         for group in (8, 32):
             step = partial(launch_step, width, group, 0.0, STORED[0])
@@ -121,17 +123,20 @@ def launch_blocks(
     stored: torch.dtype,
     *,
     prunes: bool = True,
+    nodes: bool = False,
     top_p: float = 1.0,
 ) -> None:
     """A chunk of a prompt."""
     row, table = integers(BATCH, PAGE_SIZE), integers(1, PAGES)
     local, request = LocalPages(table) if prunes else None, integers(1)
-    blocks = QueryBlocks(row, row, integers(BATCH), table, local, request)
+    of_nodes = LocalPages(integers(1, PAGES // NODE_PAGES)) if nodes else None
+    blocks = QueryBlocks(row, row, integers(BATCH), table, local, request, of_nodes)
     rows = BATCH * PAGE_SIZE
     query = torch.empty(rows, HEADS * group, width, dtype=torch.bfloat16, device="meta")
     plan = SparsePlan(logit_cap=cap, top_p=top_p)
-    given = query, pool_of(width, stored), summaries(width, 4), blocks, plan
-    fused.attend(*given, 0.1, torch.empty_like(query))
+    kept = summaries(width, 4)
+    given = query, pool_of(width, stored), kept, blocks, plan
+    fused.attend(*given, 0.1, torch.empty_like(query), nodes=kept)
 
 
 def pool_of(width: int, stored: torch.dtype) -> PagedKV:

@@ -109,6 +109,34 @@ def test_steps_that_search_through_nodes_equal_plain_loops(
     assert not left_over
 
 
+@pytest.mark.parametrize(
+    ("heads", "settings"),
+    [
+        ((2, 2), {}),
+        ((1, 3), {"top_p": 0.6, "logit_cap": 3.0}),
+        ((1, 1), {"beam": 1, "sink_pages": 9, "window_pages": 10, "remainder": "quadratic"}),
+        ((2, 2), {"beam": 1, "remainder": "none", "budget_pages": 12}),
+    ],
+    ids=str,
+)
+def test_prompts_that_search_through_nodes_equal_plain_loops(
+    left_over: list[int], heads: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    plan = SparsePlan(
+        **({"sink_pages": 1, "window_pages": 3, "budget_pages": 2, "beam": 2} | settings)
+    )
+    # across the threshold, and to where the window leaves another node
+    shapes = [(1530, 70), (2747, 69)]
+    means = 1 if settings.get("remainder") == "quadratic" else 4
+    requests = door.make_requests(shapes, heads=heads[0], width=24, value_width=40)
+    query = queries(requests, heads[1], 24)
+    limits = {"sparse_from": 256, "sparse_decode_from": 128, "nodes_from": 1536, "means": means}
+    found = door.run(requests, query, plan, **limits)
+    plain = expected(requests, query, plan, **limits)
+    torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-5)
+    assert not left_over
+
+
 def test_a_held_choice_is_attended_to_however_light_its_nodes_are(left_over: list[int]) -> None:
     plan = SparsePlan(1, 3, 2, "harmonic", 1, beam=2)
     limits = {"sparse_from": None, "sparse_decode_from": 128, "nodes_from": 1500}

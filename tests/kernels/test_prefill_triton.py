@@ -24,7 +24,9 @@ from hip_kernels.layout import (
 from hip_kernels.select import best
 from hip_kernels.select import prefill as weighing
 from hip_kernels.select import prefill_enough as enough
+from hip_kernels.select import prefill_tiles as tiles
 from hip_kernels.select import triton as estimating
+from hip_kernels.select.parts import Part, every_page
 from hip_kernels.select.weigh import LEAST, NEVER, Context, best_of_rows
 from hip_kernels.stored import PagedKV
 from torch import Tensor
@@ -97,6 +99,9 @@ class Case:
         summaries = Summaries(*(poison(tensor, 1e4) for tensor in self.summaries.tensors))
         return replace(self.kv, key=key, value=value), summaries
 
+    def pages(self, blocks: QueryBlocks) -> Part:
+        return every_page(self.poisoned()[1], blocks)
+
     def context(self, blocks: QueryBlocks, plan: SparsePlan) -> Context:
         weigher = reference.Weigher(self.summaries, None, blocks, plan)
         rows = reference.rows_of(self.query, blocks, self.kv.kv_heads) * SCALE
@@ -109,12 +114,12 @@ class Case:
 
     def mass(self, blocks: QueryBlocks, plan: SparsePlan) -> Tensor:
         out = nothing(len(blocks), self.heads, PAGE_SIZE)
-        weighing.mass(self.query, self.poisoned()[1], blocks, plan, SCALE, out)
+        weighing.mass(self.query, [self.pages(blocks)], blocks, plan, SCALE, out)
         return out
 
     def score(self, blocks: QueryBlocks, plan: SparsePlan, mass: Tensor) -> Tensor:
         out = nothing(len(blocks), self.kv.kv_heads, blocks.table.shape[1])
-        weighing.score(self.query, self.poisoned()[1], blocks, plan, SCALE, mass, out)
+        weighing.score(self.query, self.pages(blocks), blocks, plan, SCALE, mass, out)
         return out
 
     def attend(
@@ -122,8 +127,8 @@ class Case:
     ) -> tuple[Tensor, Tensor]:
         out = nothing(len(self.query), self.heads, self.value_width).to(self.query.dtype)
         share = nothing(len(blocks), self.heads, PAGE_SIZE)
-        kv, summaries = self.poisoned()
-        attending.attend(self.query, kv, summaries, blocks, chosen, plan, SCALE, out, share)
+        given = self.poisoned()[0], [self.pages(blocks)], blocks, chosen, plan, SCALE, out, share
+        attending.attend(self.query, *given)
         return out, share
 
     def expected(self, blocks: QueryBlocks, plan: SparsePlan) -> tuple[Tensor, Selection | None]:
@@ -148,7 +153,7 @@ def kernels(
     for module in (estimating, weighing, enough, sharing, attending):
         interpreted(module)
     # the contexts of these tests are several tiles, and no multiple of one
-    monkeypatch.setattr(weighing, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
 
 
 CASES = [
@@ -297,6 +302,9 @@ def test_deviations_that_float16_cannot_square(size: float) -> None:
     close(here.mass(blocks, PLAN), wanted, HALF)
 
 
+PART = Part(Summaries.empty(4, 2, 16, 24), torch.zeros(1, 3, dtype=torch.int64))
+
+
 def given(change: dict[str, Any]) -> dict[str, Any]:
     tokens = torch.zeros(2, PAGE_SIZE, dtype=torch.int64)
     page, table = torch.ones(2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
@@ -304,7 +312,8 @@ def given(change: dict[str, Any]) -> dict[str, Any]:
     return {
         "query": torch.empty(5, 4, 16),
         "kv": kv,
-        "summaries": Summaries.empty(4, 2, 16, 24),
+        "part": PART,
+        "parts": [change.get("part", PART)],
         "blocks": QueryBlocks(tokens, tokens, page, table, None, page),
         "chosen": torch.zeros(2, 2, 3, dtype=torch.int64),
         "plan": PLAN,
@@ -320,6 +329,7 @@ def asks(launcher: Callable[..., None], change: dict[str, Any]) -> None:
     launcher(**{name: value for name, value in given(change).items() if name in names})
 
 
+NARROW = replace(PART, summaries=Summaries.empty(4, 2, 16, 16))
 SHORT = replace(given({})["blocks"], page=torch.zeros(3, dtype=torch.int64))
 
 
@@ -335,7 +345,7 @@ SHORT = replace(given({})["blocks"], page=torch.zeros(3, dtype=torch.int64))
         (weighing.score, "out", {"out": torch.empty(2, 2, 5)}),
         (attending.attend, "chosen", {"chosen": torch.zeros(2, 2, 3)}),
         (attending.attend, "estimated", {"estimated": torch.empty(2, 4)}),
-        (attending.attend, "summaries.value", {"summaries": Summaries.empty(4, 2, 16, 16)}),
+        (attending.attend, "summaries.value", {"part": NARROW}),
         (attending.attend, "out", {"out": torch.empty(5, 4, 16)}),
     ],
 )

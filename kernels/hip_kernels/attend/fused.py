@@ -20,8 +20,10 @@ from hip_kernels.layout import (
     Summaries,
 )
 from hip_kernels.select import prefill as weighing_blocks
+from hip_kernels.select import prefill_nodes as searching_blocks
 from hip_kernels.select.best import best_pages
 from hip_kernels.select.choose import Shortlist, look
+from hip_kernels.select.parts import Part, every_page
 from hip_kernels.select.prefill_enough import keep_enough
 from hip_kernels.select.scores import Scores
 from hip_kernels.select.triton import weigh
@@ -54,7 +56,7 @@ def attend(
     """Attend blocks and write their rows of ``out``, as ``reference.attend`` does."""
     if blocks.tokens.shape[1] == 1:
         return _attend_rows(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
-    return _attend_blocks(query, kv, summaries, blocks, plan, scale, out)
+    return _attend_blocks(query, kv, summaries, blocks, plan, scale, out, nodes)
 
 
 def _attend_blocks(
@@ -65,21 +67,28 @@ def _attend_blocks(
     plan: SparsePlan,
     scale: float,
     out: Tensor,
+    nodes: Summaries | None,
 ) -> Selection | None:
     """Blocks of 64 rows."""
     if blocks.local is None:
         prefill.attend_all(query, kv, blocks, scale, plan.logit_cap, out)
         return None
     count, heads = len(blocks), query.shape[1]
+    parts: tuple[Part, ...] = (every_page(summaries, blocks),)
+    if blocks.nodes is not None:
+        assert nodes is not None, "these blocks search through nodes; there are none"
+        parts = searching_blocks.search(query, summaries, nodes, blocks, plan, scale)
+    # the last has pages
+    *_, pages = parts
     mass = query.new_empty(count, heads, PAGE_SIZE, dtype=torch.float32)
-    score = mass.new_empty(count, kv.kv_heads, blocks.table.shape[1])
-    weighing_blocks.mass(query, summaries, blocks, plan, scale, mass)
-    weighing_blocks.score(query, summaries, blocks, plan, scale, mass, score)
-    chosen, keys = best_pages(score, blocks.page, plan)
+    score = mass.new_empty(count, kv.kv_heads, pages.columns)
+    weighing_blocks.mass(query, parts, blocks, plan, scale, mass)
+    weighing_blocks.score(query, pages, blocks, plan, scale, mass, score)
+    chosen, keys = best_pages(score, blocks.page, plan, pages.listed)
     if plan.top_p < 1:
         keep_enough(query, summaries, blocks, plan, scale, mass, chosen, keys)
     estimated = torch.empty_like(mass)
-    prefill.attend(query, kv, summaries, blocks, chosen, plan, scale, out, estimated)
+    prefill.attend(query, kv, parts, blocks, chosen, plan, scale, out, estimated)
     # rows first, then the heads of a group, as the reference has them
     share = estimated.view(count, kv.kv_heads, -1, PAGE_SIZE).transpose(2, 3).flatten(2)
     return Selection(Choice(chosen, torch.zeros_like(share)), share, blocks.page, plan)

@@ -6,6 +6,9 @@ others to what it finds. The mathematics is in ``reference.attend_sparse``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, float32, int64
@@ -16,18 +19,18 @@ from hip_kernels.layout import (
     PAGE_SIZE,
     QueryBlocks,
     SparsePlan,
-    Summaries,
 )
-from hip_kernels.select.prefill import (
-    check_blocks,
-    check_weighed,
+from hip_kernels.select.parts import Part
+from hip_kernels.select.prefill import check_blocks, check_weighed
+from hip_kernels.select.prefill_tiles import (
+    origin_of,
+    page_at,
     page_logits,
     rows_of_block,
-    table_stride,
     tiling,
 )
 from hip_kernels.stored import PagedKV
-from hip_kernels.tiles import load_rows, soft_capped
+from hip_kernels.tiles import load_rows, log_add, soft_capped
 
 # keys that one step takes; half as many of wider heads, which spill
 KEYS = 32
@@ -36,7 +39,7 @@ KEYS = 32
 def attend(
     query: Tensor,
     kv: PagedKV,
-    summaries: Summaries,
+    parts: Sequence[Part],
     blocks: QueryBlocks,
     chosen: Tensor,
     plan: SparsePlan,
@@ -46,35 +49,44 @@ def attend(
 ) -> None:
     """Attend to sink, chosen, window and own pages, and to the summaries of all others.
 
-    query [T, Hq, D]; chosen [N, Hkv, K] logical pages between sink and window, -1 is padding;
-    out [T, Hq, Dv], of which the rows of the blocks are written. ``estimated`` [N, Hq, 64] becomes
-    the share of each row's softmax that went to estimated pages.
+    query [T, Hq, D]; parts as ``mass`` weighs them; chosen [N, Hkv, K] logical pages between sink
+    and window, -1 is padding; out [T, Hq, Dv], of which the rows of the blocks are written.
+    ``estimated`` [N, Hq, 64] becomes the share of each row's softmax that went to summaries.
     """
     count, heads, kv_heads = len(blocks), query.shape[1], kv.kv_heads
     value_width = kv.value.shape[2]
-    check_weighed(query, summaries, blocks, plan)
     check_kv(query, kv, out)
-    check("summaries.sigma", summaries.sigma, (kv_heads, None, query.shape[2]))
-    check("summaries.value", summaries.value, (kv_heads, None, value_width))
     check("chosen", chosen, (count, kv_heads, None), int64)
     check("estimated", estimated, (count, heads, PAGE_SIZE), float32)
-    _attend_exactly(query, kv, blocks, chosen, plan, scale, plan.logit_cap, out, estimated)
+    exact = torch.empty_like(estimated)
+    _attend_exactly(query, kv, blocks, chosen, plan, scale, plan.logit_cap, out, exact)
     if plan.remainder == "none":
         estimated.zero_()
         return
-    choices = chosen.shape[2]
-    shape = tiling(summaries, plan, values=value_width)
-    _rest[(heads, count * PAGE_SIZE // shape["ROWS"])](
-        *(query, *summaries.tensors),
-        *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, estimated),
-        *(float(scale), float(plan.logit_cap)),
-        *(plan.sink_pages, plan.window_pages, choices, table_stride(blocks), summaries.pages),
-        GROUP=heads // kv_heads,
-        CHOICES=triton.next_power_of_2(max(choices, 1)),
-        VALUE_WIDTH=value_width,
-        VALUE_BLOCK=triton.next_power_of_2(value_width),
-        **shape,
-    )
+    for number, part in enumerate(parts):
+        of, choices, fixed = part.summaries, chosen.shape[2], (plan.sink_pages, plan.window_pages)
+        if part.pages > 1:
+            # no node is left that reaches into sink or window, or holds a chosen page
+            choices, fixed = 0, (0, 0)
+        check_weighed(query, part, blocks, plan)
+        check("summaries.sigma", of.sigma, (kv_heads, None, query.shape[2]))
+        check("summaries.value", of.value, (kv_heads, None, value_width))
+        shape = tiling(of, plan, values=value_width)
+        _rest[(heads, count * PAGE_SIZE // shape["ROWS"])](
+            *(query, *of.tensors, blocks.tokens, blocks.position, blocks.page),
+            *(part.table, part.listed, chosen, out, exact, estimated),
+            *(float(scale), float(plan.logit_cap), *fixed, choices),
+            *(part.columns, part.stride, of.pages),
+            FIRST=number == 0,
+            LAST=number == len(parts) - 1,
+            LISTED=part.listed is not None,
+            TOKENS=part.tokens,
+            GROUP=heads // kv_heads,
+            CHOICES=triton.next_power_of_2(max(choices, 1)),
+            VALUE_WIDTH=value_width,
+            VALUE_BLOCK=triton.next_power_of_2(value_width),
+            **shape,
+        )
 
 
 def attend_all(
@@ -117,7 +129,7 @@ def _attend_exactly(
         *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, mass),
         *(float(scale * kv.key_scale), float(kv.value_scale), float(cap)),
         *(plan.sink_pages, plan.window_pages, 0 if chosen is None else chosen.shape[2]),
-        table_stride(blocks),
+        blocks.table.shape[1] if len(blocks.table) > 1 else 0,
         ALL=chosen is None,
         PAGE=PAGE_SIZE,
         GROUP=heads // kv.kv_heads,
@@ -225,16 +237,23 @@ def _rest(
     position,
     page,
     table,
+    listed,
     chosen,
     out,
-    estimated,  # each row's log-sum-exp over exact keys, before
+    exact,  # each row's log-sum-exp over exact keys
+    estimated,  # that over summaries, and in the end its share
     scale,
     cap,
     sink,
     window,
     choices,  # columns of ``chosen``
+    columns,  # of the table, or of ``listed``
     stride,  # between the tables of two blocks
     count,  # pages that the summaries have room for
+    FIRST: tl.constexpr,  # of the parts
+    LAST: tl.constexpr,
+    LISTED: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a page, or a node
     PAGE: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -254,27 +273,33 @@ def _rest(
     kv_head = head // GROUP
     token = tl.load(tokens + block * PAGE + row)
     own = tl.load(page + block).to(tl.int32)
-    index = tl.arange(0, CHOICES)
-    listed = chosen + (block * (heads // GROUP) + kv_head) * choices + index
-    taken = tl.load(listed, mask=index < choices, other=-1).to(tl.int32)
+    here = block * (heads // GROUP) + kv_head
     q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((VALUE_BLOCK, ROWS), tl.float32)
-    for start in range(sink, own - window, TILE):
-        column = start + tl.arange(0, TILE)
+    index = tl.arange(0, CHOICES)
+    taken = tl.load(chosen + here * choices + index, mask=index < choices, other=-1).to(tl.int32)
+    first = sink
+    end = own - window
+    if LISTED:
+        listed += here * columns
+        first = 0
+        end = columns
+    # wide heads with a cap spill where all that a loop does not change is kept
+    for start in tl.range(first, end, TILE, disable_licm=CAPS and BLOCK > 128):
+        column = page_at(start + tl.arange(0, TILE), listed, end, LISTED)
         is_taken = tl.max((column[:, None] == taken[None, :]).to(tl.int32), 1)
-        some = (column < own - window) & (is_taken == 0)
+        some = (column >= sink) & (column < own - window) & (is_taken == 0)
         place = tl.load(table + block * stride + column, mask=some, other=0)
         logit = page_logits(
             q, mean, sigma, kv_head, place, some, count, cap,
-            PAGE, MEANS, GUARD, CAPS, WIDTH, BLOCK,
+            TOKENS, MEANS, GUARD, CAPS, WIDTH, BLOCK,
         )  # fmt: skip
         logit = tl.where(some[None, :], logit, float("-inf"))
         rows = load_rows(value, kv_head * count + place, some, VALUE_WIDTH, VALUE_BLOCK)
         better = tl.maximum(top, tl.max(logit, 1))
-        # a row that has seen nothing yet has no maximum to subtract
-        origin = tl.where(better > float("-inf"), better, 0.0)
+        origin = origin_of(better)
         kept = tl.exp(top - origin)
         weight = tl.exp(logit - origin[:, None])
         total = total * kept + tl.sum(weight, 1)
@@ -284,11 +309,18 @@ def _rest(
         top = better
     at = (block * heads + head) * PAGE + row
     real = tl.load(position + block * PAGE + row) >= 0
-    exact = tl.load(estimated + at)
+    before = tl.load(exact + at)
     mass = top + tl.log(total)
+    more = mass
+    if not FIRST:
+        so_far = tl.load(estimated + at)
+        before = log_add(before, so_far)
+        more = log_add(mass, so_far)
     # of both, where either may be nothing
-    share = tl.sigmoid(mass - exact)
-    tl.store(estimated + at, tl.where(real, share, 0.0))
+    share = tl.sigmoid(mass - before)
+    if LAST:
+        more = tl.where(real, tl.sigmoid(more - tl.load(exact + at)), 0.0)
+    tl.store(estimated + at, more)
     v = tl.arange(0, VALUE_BLOCK)
     here = (token * heads + head)[:, None] * VALUE_WIDTH + v[None, :]
     stored = real[:, None] & (v < VALUE_WIDTH)[None, :]

@@ -20,23 +20,42 @@ _BINS = tl.constexpr(256)
 KEYS_A_TILE = 1024
 
 
-def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+def best_pages(
+    score: Tensor, page: Tensor, plan: SparsePlan, listed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best pages between sink and window of blocks in ``page`` [N].
 
-    score [N, Hkv, P] float32 -> [N, Hkv, budget] logical pages in order, -1 where there are fewer;
-    and their keys, int32: a larger one is of a better page.
+    score [N, Hkv, P] float32, of page p or of the one that is ``listed`` there, in order and -1 for
+    none -> [N, Hkv, budget] logical pages in order, -1 where there are fewer; and their keys,
+    int32: a larger one is of a better page.
     """
-    blocks, kv_heads, pages = score.shape
+    return _best(score, page, plan.sink_pages, plan.window_pages, plan.budget_pages, listed=listed)
+
+
+def best_nodes(score: Tensor, first: int, end: Tensor, wanted: int) -> Tensor:
+    """The best nodes from the ``first`` to before the ``end`` [N] of each block.
+
+    score [N, Hkv, J] float32 -> [N, Hkv, wanted] logical nodes in order, -1 where there are fewer.
+    """
+    return _best(score, end, first, 0, wanted)[0]
+
+
+def _best(
+    score: Tensor, own: Tensor, sink: int, window: int, wanted: int, listed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    blocks, kv_heads, columns = score.shape
     check("score", score, (None, None, None), torch.float32)
-    check("page", page, (blocks,), torch.int64)
+    check("page", own, (blocks,), torch.int64)
+    if listed is not None:
+        check("listed", listed, (blocks, kv_heads, columns), torch.int64)
     keys, taken = (
         torch.empty(blocks, kv_heads, size, dtype=torch.int32, device=score.device)
-        for size in (pages, plan.budget_pages)
+        for size in (columns, wanted)
     )
-    chosen = page.new_empty(blocks, kv_heads, plan.budget_pages)
+    chosen = own.new_empty(blocks, kv_heads, wanted)
     _best_pages[(blocks, kv_heads)](
-        *(score, page, keys, chosen, taken, pages, plan.budget_pages),
-        *(plan.sink_pages, plan.window_pages),
+        *(score, own, listed, keys, chosen, taken, columns, wanted, sink, window),
+        LISTED=listed is not None,
         KEYS=KEYS_A_TILE,
         num_warps=4,
     )
@@ -45,20 +64,46 @@ def best_pages(score: Tensor, page: Tensor, plan: SparsePlan) -> tuple[Tensor, T
 
 @triton.jit
 def _best_pages(
-    score, own_pages, keys, chosen, taken, pages, wanted, sink, window, KEYS: tl.constexpr
+    score,
+    own_pages,
+    listed,
+    keys,
+    chosen,
+    taken,
+    columns,
+    wanted,
+    sink,
+    window,
+    LISTED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     here = block * tl.num_programs(1) + tl.program_id(1)
-    end = tl.minimum(pages, tl.load(own_pages + block) - window)
-    keys += here * pages
+    last = tl.load(own_pages + block) - window
+    if LISTED:
+        listed += here * columns
+        end = columns
+    else:
+        end = tl.minimum(columns, last)
+    keys += here * columns
     for start in range(0, end, KEYS):
-        page = start + tl.arange(0, KEYS)
-        number = tl.load(score + here * pages + page, mask=page < end, other=0.0)
-        tl.store(keys + page, tl.where(page >= sink, key_of(number), NO_KEY), mask=page < end)
+        column = start + tl.arange(0, KEYS)
+        page = column
+        if LISTED:
+            page = tl.load(listed + column, mask=column < end, other=-1)
+        candidate = (page >= sink) & (page < last)
+        number = tl.load(score + here * columns + column, mask=column < end, other=0.0)
+        tl.store(keys + column, tl.where(candidate, key_of(number), NO_KEY), mask=column < end)
     chosen += here * wanted
     taken += here * wanted
     least, equal = least_taken(keys, end, wanted, KEYS)
     store_taken(keys, end, wanted, least, equal, chosen, taken, KEYS)
+    if LISTED:
+        for start in range(0, wanted, KEYS):
+            at = start + tl.arange(0, KEYS)
+            column = tl.load(chosen + at, mask=at < wanted, other=-1)
+            page = tl.load(listed + column, mask=column >= 0, other=-1)
+            tl.store(chosen + at, page, mask=at < wanted)
 
 
 @triton.jit

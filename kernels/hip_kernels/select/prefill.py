@@ -6,85 +6,94 @@ estimate as ``weigh.page_logits``, where the mathematics is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor, float32, int64
 
-from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import GUARDS, PAGE_SIZE, QueryBlocks, SparsePlan, Summaries
-from hip_kernels.select.triton import part_logits
-from hip_kernels.tiles import load_rows, soft_capped
-
-# pages that one step weighs: of four means each they are one product of 64 columns
-TILE = 16
+from hip_kernels.checks import check
+from hip_kernels.layout import GUARDS, PAGE_SIZE, QueryBlocks, SparsePlan
+from hip_kernels.select.parts import Part
+from hip_kernels.select.prefill_tiles import (
+    origin_of,
+    page_at,
+    page_logits,
+    rows_of_block,
+    tiling,
+)
+from hip_kernels.tiles import load_rows, log_add
 
 
 def mass(
     query: Tensor,
-    summaries: Summaries,
+    parts: Sequence[Part],
     blocks: QueryBlocks,
     plan: SparsePlan,
     scale: float,
     out: Tensor,
 ) -> None:
-    """Each row's log-sum-exp over the pages before its block; -inf where there is none.
+    """Each row's log-sum-exp over all parts; -inf where there is nothing.
 
     query [T, Hq, D]; out [N, Hq, 64] float32.
     """
     count, heads = len(blocks), query.shape[1]
-    check_weighed(query, summaries, blocks, plan)
-    check("out", out, (count, heads, PAGE_SIZE), float32)
-    group, shape = heads // len(summaries.sigma), tiling(summaries, plan)
-    _mass[(heads, count * PAGE_SIZE // shape["ROWS"])](
-        *(query, summaries.mean, summaries.sigma),
-        *(blocks.tokens, blocks.page, blocks.table, out),
-        *(float(scale), float(plan.logit_cap), table_stride(blocks), summaries.pages),
-        GROUP=group,
-        **shape,
-    )
+    for number, part in enumerate(parts):
+        check_weighed(query, part, blocks, plan)
+        check("out", out, (count, heads, PAGE_SIZE), float32)
+        shape = tiling(part.summaries, plan)
+        _mass[(heads, count * PAGE_SIZE // shape["ROWS"])](
+            *(query, part.summaries.mean, part.summaries.sigma),
+            *(blocks.tokens, blocks.page, part.table, part.listed, out),
+            *(float(scale), float(plan.logit_cap)),
+            *(part.columns, part.stride, part.summaries.pages),
+            MORE=number > 0,
+            LISTED=part.listed is not None,
+            TOKENS=part.tokens,
+            GROUP=heads // len(part.summaries.sigma),
+            **shape,
+        )
 
 
 def score(
     query: Tensor,
-    summaries: Summaries,
+    part: Part,
     blocks: QueryBlocks,
     plan: SparsePlan,
     scale: float,
     mass: Tensor,
     out: Tensor,
 ) -> None:
-    """The largest share, as a logarithm, of each page in the softmax of a row of a block.
+    """The largest share, as a logarithm, of each page or node in the softmax of a row of a block.
 
-    query [T, Hq, D]; mass [N, Hq, 64] of ``mass``; out [N, Hkv, P] float32, the maximum over the
-    rows of a block and the heads of a group; -inf where a page is not before the block.
+    query [T, Hq, D]; mass [N, Hq, 64] of ``mass``; out [N, Hkv, C] float32, the maximum over the
+    rows of a block and the heads of a group; -inf of what is not listed, or not before the block.
     """
-    count, heads, kv_heads = len(blocks), query.shape[1], len(summaries.sigma)
-    pages = blocks.table.shape[1]
-    check_weighed(query, summaries, blocks, plan)
+    count, heads, kv_heads = len(blocks), query.shape[1], len(part.summaries.sigma)
+    check_weighed(query, part, blocks, plan)
     check("mass", mass, (count, heads, PAGE_SIZE), float32)
-    check("out", out, (count, kv_heads, pages), float32)
-    group, shape = heads // kv_heads, tiling(summaries, plan)
-    _best[(triton.cdiv(pages, shape["TILE"]), kv_heads, count)](
-        *(query, summaries.mean, summaries.sigma),
-        *(blocks.tokens, blocks.position, blocks.page, blocks.table, mass, out),
-        *(float(scale), float(plan.logit_cap), pages, table_stride(blocks), summaries.pages),
-        GROUP=group,
+    check("out", out, (count, kv_heads, part.columns), float32)
+    shape = tiling(part.summaries, plan)
+    _best[(triton.cdiv(part.columns, shape["TILE"]), kv_heads, count)](
+        *(query, part.summaries.mean, part.summaries.sigma),
+        *(blocks.tokens, blocks.position, blocks.page, part.table, part.listed, mass, out),
+        *(float(scale), float(plan.logit_cap)),
+        *(part.columns, part.stride, part.summaries.pages),
+        LISTED=part.listed is not None,
+        TOKENS=part.tokens,
+        GROUP=heads // kv_heads,
         **shape,
     )
 
 
-def check_weighed(
-    query: Tensor, summaries: Summaries, blocks: QueryBlocks, plan: SparsePlan
-) -> None:
-    """Assert what all kernels ask that weigh the pages before blocks."""
-    heads, kv_heads = query.shape[1], len(summaries.sigma)
+def check_weighed(query: Tensor, part: Part, blocks: QueryBlocks, plan: SparsePlan) -> None:
+    """Assert what all kernels ask that weigh what is before blocks."""
+    heads, kv_heads = query.shape[1], len(part.summaries.sigma)
     assert plan.remainder in GUARDS, f"plan.remainder {plan.remainder} has no kernel: {[*GUARDS]}"
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
-    check("query", query, (None, None, summaries.mean.shape[-1]))
-    check_summaries("summaries", summaries, kv_heads)
+    check("query", query, (None, None, part.summaries.mean.shape[-1]))
     check_blocks("blocks", blocks)
+    part.check(len(blocks), kv_heads)
 
 
 def check_blocks(name: str, of: QueryBlocks) -> None:
@@ -96,36 +105,6 @@ def check_blocks(name: str, of: QueryBlocks) -> None:
     check(f"{name}.table", of.table, (count if len(of.table) > 1 else 1, None), int64)
 
 
-def table_stride(blocks: QueryBlocks) -> int:
-    """How far apart the tables of two blocks are; 0 where they share one."""
-    return blocks.table.shape[1] if len(blocks.table) > 1 else 0
-
-
-def tiling(summaries: Summaries, plan: SparsePlan, *, values: int = 0) -> dict[str, Any]:
-    """What kernels that weigh tiles of pages are compiled for, and so how many ROWS a program has.
-
-    ``values`` is how wide the rows are that they mix by these weights, if they do. Wider heads get
-    less at a time, or they spill.
-    """
-    width = summaries.mean.shape[-1]
-    wide, mixes = max(width, values) > 128, values > 0
-    return {
-        "PAGE": PAGE_SIZE,
-        "MEANS": summaries.mean.shape[1],
-        "GUARD": GUARDS[plan.remainder],
-        "CAPS": plan.logit_cap > 0,
-        "WIDTH": width,
-        "BLOCK": triton.next_power_of_2(width),
-        "ROWS": PAGE_SIZE // (4 if mixes else 2) if wide else PAGE_SIZE,
-        # fewer pages are no product with values
-        "TILE": TILE // 2 if wide and not mixes else TILE,
-        "num_warps": 8,
-        "num_stages": 3 if wide and mixes else 2,
-        # left to itself ptxas aims at fewer, and spills
-        "maxnreg": 255,
-    }
-
-
 @triton.jit
 def _mass(
     query,
@@ -134,11 +113,16 @@ def _mass(
     tokens,
     page,
     table,
+    listed,
     out,
     scale,
     cap,
+    columns,  # of the table, or of ``listed``
     stride,  # between the tables of two blocks
     count,  # pages that the summaries have room for
+    MORE: tl.constexpr,  # than what ``out`` has already
+    LISTED: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a page, or a node
     PAGE: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -154,22 +138,31 @@ def _mass(
     heads = tl.num_programs(0)
     token = tl.load(tokens + block * PAGE + row)
     q = load_rows(query, token * heads + head, row >= 0, WIDTH, BLOCK).to(tl.float32) * scale
-    own = tl.load(page + block).to(tl.int32)
+    if LISTED:
+        listed += (block * (heads // GROUP) + head // GROUP) * columns
+        end = columns
+    else:
+        end = tl.load(page + block).to(tl.int32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, own, TILE):
-        column = start + tl.arange(0, TILE)
-        seen = column < own
-        place = tl.load(table + block * stride + column, mask=seen, other=0)
+    for start in range(0, end, TILE):
+        each = page_at(start + tl.arange(0, TILE), listed, end, LISTED)
+        seen = each >= 0
+        place = tl.load(table + block * stride + each, mask=seen, other=0)
         logit = page_logits(
             q, mean, sigma, head // GROUP, place, seen, count, cap,
-            PAGE, MEANS, GUARD, CAPS, WIDTH, BLOCK,
+            TOKENS, MEANS, GUARD, CAPS, WIDTH, BLOCK,
         )  # fmt: skip
         logit = tl.where(seen[None, :], logit, float("-inf"))
         better = tl.maximum(top, tl.max(logit, 1))
-        total = total * tl.exp(top - better) + tl.sum(tl.exp(logit - better[:, None]), 1)
+        origin = origin_of(better)
+        total = total * tl.exp(top - origin) + tl.sum(tl.exp(logit - origin[:, None]), 1)
         top = better
-    tl.store(out + (block * heads + head) * PAGE + row, top + tl.log(total))
+    out += (block * heads + head) * PAGE + row
+    found = top + tl.log(total)
+    if MORE:
+        found = log_add(found, tl.load(out))
+    tl.store(out, found)
 
 
 @triton.jit
@@ -181,13 +174,16 @@ def _best(
     position,
     page,
     table,
+    listed,
     mass,
     out,
     scale,
     cap,
-    pages,  # columns of the table
+    columns,  # of the table, or of ``listed``
     stride,  # between the tables of two blocks
     count,  # pages that the summaries have room for
+    LISTED: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a page, or a node
     PAGE: tl.constexpr,
     MEANS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -204,11 +200,16 @@ def _best(
     heads = kv_heads * GROUP
     start = tl.program_id(0) * TILE
     column = start + tl.arange(0, TILE)
-    own = tl.load(page + block).to(tl.int32)
+    if LISTED:
+        listed += (block * kv_heads + kv_head) * columns
+        end = columns
+    else:
+        end = tl.load(page + block).to(tl.int32)
     best = tl.full((TILE,), float("-inf"), tl.float32)
-    if start < own:
-        seen = column < own
-        place = tl.load(table + block * stride + column, mask=seen, other=0)
+    if start < end:
+        each = page_at(column, listed, end, LISTED)
+        seen = each >= 0
+        place = tl.load(table + block * stride + each, mask=seen, other=0)
         PARTS: tl.constexpr = PAGE // ROWS
         for number in range(GROUP * PARTS):
             head = kv_head * GROUP + number // PARTS
@@ -218,95 +219,9 @@ def _best(
             q = load_rows(query, token * heads + head, real, WIDTH, BLOCK).to(tl.float32) * scale
             logit = page_logits(
                 q, mean, sigma, kv_head, place, seen, count, cap,
-                PAGE, MEANS, GUARD, CAPS, WIDTH, BLOCK,
+                TOKENS, MEANS, GUARD, CAPS, WIDTH, BLOCK,
             )  # fmt: skip
             rest = tl.load(mass + (block * heads + head) * PAGE + row)
             share = tl.where(real[:, None] & seen[None, :], logit - rest[:, None], float("-inf"))
             best = tl.maximum(best, tl.max(share, 0))
-    tl.store(out + (block * kv_heads + kv_head) * pages + column, best, mask=column < pages)
-
-
-@triton.jit
-def rows_of_block(PAGE: tl.constexpr, ROWS: tl.constexpr):
-    """Which block a program is of, the longest contexts first, and which rows of it: [ROWS]."""
-    PARTS: tl.constexpr = PAGE // ROWS
-    # blocks of a chunk are in order
-    part = tl.num_programs(1) - 1 - tl.program_id(1)
-    return (part // PARTS).to(tl.int64), part % PARTS * ROWS + tl.arange(0, ROWS)
-
-
-@triton.jit
-def page_logits(
-    q,
-    mean,
-    sigma,
-    kv_head,
-    place,
-    seen,
-    count,
-    cap,
-    PAGE: tl.constexpr,
-    MEANS: tl.constexpr,
-    GUARD: tl.constexpr,
-    CAPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What physical pages ``place`` [TILE] weigh for scaled q [ROWS, BLOCK] -> [ROWS, TILE].
-
-    Of a page that is not ``seen`` nothing is read.
-    """
-    TILE: tl.constexpr = place.shape[0]
-    # the means of a page side by side, so that one product serves all
-    part = kv_head * MEANS + tl.arange(0, MEANS)
-    rows = tl.reshape(place[:, None] + part[None, :] * count, (TILE * MEANS,))
-    some = tl.reshape(tl.broadcast_to(seen[:, None], (TILE, MEANS)), (TILE * MEANS,))
-    logit = part_logits(q, mean, rows, some, WIDTH, BLOCK)
-    if CAPS:
-        logit = soft_capped(logit, cap)
-    logit = tl.reshape(logit, (q.shape[0], TILE, MEANS))
-    top = tl.max(logit, 2)
-    total = tl.sum(tl.exp(logit - top[:, :, None]), 2)
-    estimate = top + tl.log(total * (PAGE // MEANS))
-    if GUARD > 0:
-        slope = 1.0
-        if CAPS:
-            slope = 1 - (top / cap) * (top / cap)
-        estimate += spread(q, sigma, kv_head * count + place, seen, slope, GUARD, WIDTH, BLOCK)
-    return estimate
-
-
-@triton.jit
-def spread(
-    q,
-    sigma,
-    row,
-    seen,
-    slope,
-    GUARD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The second cumulant of the keys about their means, as ``weigh.spread`` has it: [ROWS, TILE].
-
-    As ``triton.guarded``, whose squares in TF32 take more registers than 64 rows leave.
-    """
-    deviation = load_rows(sigma, row, seen, WIDTH, BLOCK)
-    high, height = squared(q, deviation.dtype)
-    wide, width = squared(deviation.to(tl.float32), deviation.dtype)
-    quadratic = tl.dot(high, tl.trans(wide), input_precision="ieee")
-    quadratic *= (0.5 * height)[:, None] * width[None, :] * slope * slope
-    if GUARD == 1:
-        return quadratic
-    linear = tl.abs(q).to(deviation.dtype)
-    linear = tl.dot(linear, tl.trans(deviation), input_precision="ieee") * slope
-    # 0 where both are 0
-    return quadratic * linear / (quadratic + linear + 1.17549435e-38)
-
-
-@triton.jit
-def squared(x, DTYPE: tl.constexpr):
-    """Squares of x [ROWS, BLOCK] in a unit for each row, so that they fit float16; the units."""
-    unit = tl.max(tl.abs(x), 1)
-    x *= (1 / tl.where(unit > 0, unit, 1.0))[:, None]
-    return (x * x).to(DTYPE), unit * unit
+    tl.store(out + (block * kv_heads + kv_head) * columns + column, best, mask=column < columns)

@@ -14,7 +14,9 @@ from torch import Tensor, float32, int32, int64
 from hip_kernels.checks import check
 from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan, Summaries
 from hip_kernels.select.best import NO_KEY
-from hip_kernels.select.prefill import check_weighed, page_logits, table_stride, tiling
+from hip_kernels.select.parts import every_page
+from hip_kernels.select.prefill import check_weighed
+from hip_kernels.select.prefill_tiles import page_logits, tiling
 from hip_kernels.tiles import load_rows
 
 
@@ -33,7 +35,8 @@ def keep_enough(
     query [T, Hq, D]; mass [N, Hq, 64] of ``mass``; chosen and keys [N, Hkv, K] of ``best_pages``.
     """
     count, heads, kv_heads = len(blocks), query.shape[1], len(summaries.sigma)
-    check_weighed(query, summaries, blocks, plan)
+    part = every_page(summaries, blocks)
+    check_weighed(query, part, blocks, plan)
     check("mass", mass, (count, heads, PAGE_SIZE), float32)
     check("chosen", chosen, (count, kv_heads, None), int64)
     check("keys", keys, tuple(chosen.shape), int32)
@@ -42,7 +45,7 @@ def keep_enough(
         *(blocks.tokens, blocks.position, blocks.page, blocks.table, mass),
         *(chosen, keys, torch.zeros_like(keys), float(scale), float(plan.logit_cap)),
         *(float(plan.top_p), plan.sink_pages, plan.window_pages, chosen.shape[2]),
-        *(table_stride(blocks), summaries.pages),
+        *(part.stride, summaries.pages),
         GROUP=heads // kv_heads,
         **tiling(summaries, plan),
     )
