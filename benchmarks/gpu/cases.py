@@ -52,7 +52,7 @@ class Cell:
     context: int
     batch: int = 1
     chunk: int = 1
-    nodes: bool = False  # decode steps search through nodes
+    nodes: bool = False  # what prunes searches through nodes
 
     @property
     def decodes(self) -> bool:

@@ -73,6 +73,8 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
         far = Cell(model, dtype, 2560 if tiny else 16384, 2, nodes=True)
         few = replace(plan, beam=plan.budget_pages)
         yield from _attention(Case.make(far, few, device, lengths=[far.context, far.context - 70]))
+        far = Cell(model, dtype, far.context, 1, PAGE_SIZE if tiny else 300, nodes=True)
+        yield from _attention(Case.make(far, few, device, lengths=[far.context]))
         for length, chunk in chunks:
             prefill = Cell(model, dtype, context, 1, chunk)
             yield from _attention(Case.make(prefill, plan, device, lengths=[length]))

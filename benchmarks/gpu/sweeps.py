@@ -21,6 +21,7 @@ CONTEXTS = [1 << power for power in range(12, 21)]
 NODE_CONTEXTS = CONTEXTS[-4:]
 CHUNKS = (32768, 8192)
 PREFILLS = [1 << power for power in range(15, 20)]
+NODE_CHUNK = 16384
 # of HBM3e in an H200, what a kernel can hope for
 BYTES_PER_SECOND = 4.0e12
 # how often the L2 cache is filled anew before a layer's turn comes again
@@ -34,7 +35,7 @@ def cells(mode: str | None, tiny: bool) -> list[Cell]:
     if tiny:
         full = torch.float32
         found = [Cell(TINY, full, 1024), Cell(TINY, full, 512, 2), Cell(TINY, full, 1024, 1, 128)]
-        found.append(Cell(TINY, full, 2048, nodes=True))
+        found += [Cell(TINY, full, 2048, 1, chunk, nodes=True) for chunk in (1, 64)]
     else:
         half = torch.bfloat16
         found = [Cell(model, half, context) for model in MODELS for context in CONTEXTS]
@@ -46,6 +47,12 @@ def cells(mode: str | None, tiny: bool) -> list[Cell]:
             for model in MODELS
             for chunk in CHUNKS
             for context in PREFILLS
+        ]
+        found += [
+            Cell(model, half, context, 1, NODE_CHUNK, nodes=nodes)
+            for model in MODELS
+            for context in PREFILLS[-2:]
+            for nodes in (True, False)
         ]
         found += [
             Cell(model, half, context, batch)

@@ -62,10 +62,14 @@ def test_a_dry_run_checks_every_kernel_and_writes_every_kind_of_row(tmp_path: Pa
         *(("total", "prefill"), ("attend", "prefill"), ("keep_all", "prefill")),
     }
     assert {row["batch"] for row in rows} == {"1", "2"}
-    assert (
-        "attend (decode) is right at tiny (4/2/32) float32, lengths 2560+2490, nodes" in done.stdout
-    )
-    assert {"total", "select"} <= {row["what"] for row in rows if "nodes" in row["plan"]}
+    for check in (
+        "attend (decode) is right at tiny (4/2/32) float32, lengths 2560+2490, nodes",
+        "attend (prefill) is right at tiny (4/2/32) float32, lengths 2560, chunk 64, nodes",
+    ):
+        assert check in done.stdout
+    through_nodes = {(row["what"], row["step"]) for row in rows if "nodes" in row["plan"]}
+    assert {("total", "cached"), ("select", "cached")} <= through_nodes
+    assert {("total", "prefill"), ("select", "prefill")} <= through_nodes
     for row in rows:
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         compared = row["what"] in ("total", "keep_all", "dense:sdpa")

@@ -37,7 +37,12 @@ def test_each_kernel_compiles_for_a_card(card):
     # one of the many that `make kernels-check` compiles
     wanted = (
         *("pool 80, 4", "summarize 80 bfloat16, 4"),
-        *("decode 80, group of 8, nodes", "prompt 80 bfloat16", "prompt 80, top_p"),
+        *(
+            "decode 80, group of 8, nodes",
+            "prompt 80 bfloat16",
+            "prompt 80, top_p",
+            "prompt 80, nodes",
+        ),
     )
     launches = [launch for name, launch in variants(card) if name.startswith(wanted)]
     with compiling_for(card) as compiled:
@@ -64,6 +69,7 @@ def test_each_kernel_compiles_for_a_card(card):
         (partial(launch_step, *SHAPE, prunes=False), 1),
         (partial(launch_blocks, *SHAPE), 5),
         (partial(launch_blocks, *SHAPE, top_p=0.9), 6),
+        (partial(launch_blocks, *SHAPE, nodes=True), 11),
         (partial(launch_blocks, *SHAPE, prunes=False), 1),
     ],
     ids=lambda given: str(given.keywords) if isinstance(given, partial) else "",

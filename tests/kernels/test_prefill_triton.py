@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hip_kernels.attend import fused, reference
 from hip_kernels.attend import prefill as attending
-from hip_kernels.attend import reference
 from hip_kernels.attend import triton as sharing
 from hip_kernels.blocks import plan_blocks
 from hip_kernels.layout import (
@@ -31,7 +31,7 @@ from hip_kernels.select.weigh import LEAST, NEVER, Context, best_of_rows
 from hip_kernels.stored import PagedKV
 from torch import Tensor
 
-from tests.kernels.door import make_requests, scatter
+from tests.kernels.door import make_requests, scatter, with_nodes
 from tests.kernels.test_attend import queries
 
 HALF, FULL, EIGHTH = torch.float16, torch.float32, torch.float8_e4m3fn
@@ -52,6 +52,7 @@ class Case:
     blocks: list[QueryBlocks]
     heads: int
     value_width: int
+    nodes: Summaries | None
 
     @classmethod
     def of(
@@ -66,23 +67,30 @@ class Case:
         scales: tuple[float, float] = (1.0, 1.0),
         shapes: list[tuple[int, int]] = SHAPES,
         sparse_from: int | None = 0,
+        nodes_from: int | None = None,
     ) -> Case:
         requests = make_requests(shapes, heads=kv_heads, width=width, value_width=value_width)
         for request in requests:
             request.key, request.value = request.key.to(kv_dtype), request.value.to(kv_dtype)
         here = scatter(requests, means=means, scales=scales)
+        nodes, node_table = None, None
+        if nodes_from is not None:
+            nodes, node_table = with_nodes(here, requests, 0)
         blocks = plan_blocks(
             [request.prefix for request in requests],
             [request.length for request in requests],
             here.page_table,
             sparse_from=sparse_from,
             sparse_decode_from=None,
+            nodes_from=nodes_from,
+            node_table=node_table,
         )
         blocks = [block for block in blocks if block.tokens.shape[1] == PAGE_SIZE]
         stored = FULL if dtype == FULL else HALF
         summaries = Summaries(*(tensor.to(stored) for tensor in here.summaries.tensors))
+        nodes = nodes and Summaries(*(tensor.to(stored) for tensor in nodes.tensors))
         query = queries(requests, heads, width).to(dtype)
-        return cls(query, here.kv, summaries, blocks, heads, value_width)
+        return cls(query, here.kv, summaries, blocks, heads, value_width, nodes)
 
     @property
     def group(self) -> int:
@@ -134,7 +142,7 @@ class Case:
     def expected(self, blocks: QueryBlocks, plan: SparsePlan) -> tuple[Tensor, Selection | None]:
         out = nothing(len(self.query), self.heads, self.value_width)
         given = self.query, self.kv, self.summaries, blocks, plan, SCALE
-        return out, reference.attend(*given, out)
+        return out, reference.attend(*given, out, self.nodes)
 
 
 def nothing(*shape: int) -> Tensor:
@@ -265,6 +273,26 @@ def test_weighed_chosen_and_attended_by_kernels(case: dict[str, Any]) -> None:
         chosen = chosen.where(chosen < len(page), -1)
         assert torch.equal(chosen, selection.choice.pages)
         close(here.attend(blocks, PLAN, chosen)[0], expected, here.query.dtype)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_a_search_through_nodes_equals_the_reference(dtype: torch.dtype) -> None:
+    kinds = {"dtype": dtype, "kv_dtype": dtype, "heads": 2, "kv_heads": 1}
+    here = Case.of(**kinds, width=80, value_width=48, shapes=[(2747, 69)], nodes_from=0)
+    plan = replace(PLAN, beam=2)
+    [blocks] = here.blocks
+    expected, selection = here.expected(blocks, plan)
+    assert selection is not None
+    kv, summaries = here.poisoned()
+    out = nothing(*expected.shape).to(dtype)
+    given = here.query, kv, summaries, blocks, plan, SCALE, out, here.nodes
+    found = fused.attend(*given)
+    assert found is not None
+    assert torch.equal(found.choice.pages, selection.choice.pages)
+    close(out, expected, dtype)
+    real = (blocks.position >= 0).unsqueeze(1)
+    wanted = here.by_heads(selection.estimated).where(real, 0)
+    close(here.by_heads(found.estimated), wanted, dtype)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
