@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class NodeDirectory:
-    """A place for each node that a decode step needs, by the physical page that the node ends at.
+    """A place for each node that a query block needs, by the physical page that the node ends at.
 
     Nodes belong to a prefix, not to a request: SGLang's radix cache frees pages from their end
     on, so what lies before a page stays what it was for as long as the page does. They are made
-    when a decode step first needs them. There are places enough: requests that part after a
+    when a block first needs them. There are places enough: requests that part after a
     common prefix share all nodes but the one in which they part, so those of one batch are never
     more than an eighth of the pages and one a request.
     """
