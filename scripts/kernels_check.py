@@ -18,11 +18,11 @@ from hip_kernels.layout import (
     PAGE_SIZE,
     Choice,
     LocalPages,
-    PagedKV,
     QueryBlocks,
     SparsePlan,
     Summaries,
 )
+from hip_kernels.stored import PagedKV
 from hip_kernels.summarize.triton import pool, summarize
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction

@@ -112,9 +112,10 @@ class PageCache:
 
     def forget(self, pages: Tensor) -> None:
         """Pages [C] were freed: their slots are the first to be taken."""
-        slot = self.slot[:, pages].long()  # [Hkv, C]
-        head, which = (slot >= 0).nonzero(as_tuple=True)
-        self.used[head, slot[head, which]] = -1
+        freed = self.slot.new_zeros(self.slot.shape[1] + 1, dtype=torch.bool)
+        freed.index_fill_(0, pages, True)
+        # -1, a slot that holds nothing, leads to the last
+        self.used.masked_fill_(freed[self.page.long()], -1)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class OffloadedKV(StoredKV):
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Tokens at slots [T] of the pool: key [T, Hkv, D], value [T, Hkv, Dv], as stored."""
+        if key.is_cuda:
+            from hip_kernels.resolve import triton
+
+            triton.write(self, slots, key.contiguous(), value.contiguous())
+            return
         page, offset = slots // PAGE_SIZE, slots % PAGE_SIZE
         self.host.key[page, :, offset] = key
         self.host.value[page, :, offset] = value
@@ -149,14 +155,14 @@ class OffloadedKV(StoredKV):
     def held(self, physical: Tensor) -> Tensor:
         return self._slots_of(physical) >= 0
 
-    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool) -> Tensor:
+    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool, waits: bool) -> Tensor:
         real = chosen >= 0
         held = real & self.held(physical)
         counts = self.cache.counts
         if fresh:
             counts[Counts.CHOSEN] += real.sum()
             counts[Counts.HELD] += held.sum()
-        if self.miss_policy == "fetch":
+        if waits or self.miss_policy == "fetch":
             return chosen
         counts[Counts.ESTIMATED] += (real & ~held).sum()
         # a later step will find them here

@@ -16,7 +16,7 @@ from hip_kernels.layout import (
     Summaries,
 )
 from hip_kernels.steps import DecodeSteps
-from hip_kernels.stored import PagedKV, StoredKV
+from hip_kernels.stored import StoredKV
 
 __all__ = ["attend", "attend_steps", "plan_blocks", "pool", "summarize"]
 
@@ -41,7 +41,7 @@ def attend(
     if query.is_cuda:
         from hip_kernels.attend import fused
 
-        if isinstance(kv, PagedKV) and fused.serves(blocks, plan, query.shape[2]):
+        if fused.serves(blocks, plan, query.shape[2]):
             return fused.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
     return attending.attend(query, kv, summaries, blocks, plan, scale, out, nodes, choice)
 
@@ -68,7 +68,6 @@ def attend_steps(
     """
     from hip_kernels.attend import fused
 
-    assert isinstance(kv, PagedKV)
     fused.attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
 
 

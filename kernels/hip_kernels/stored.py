@@ -52,10 +52,11 @@ class StoredKV(ABC):
         """Which of pages [Hkv, N, K] are on the device."""
 
     @abstractmethod
-    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool) -> Tensor:
+    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool, waits: bool) -> Tensor:
         """Logical pages [Hkv, N, K] that are chosen -> those to attend to; -1 is none.
 
-        ``physical`` is where they are; ``fresh`` says that they were chosen just now.
+        ``physical`` is where they are; ``fresh`` says that they were chosen just now, ``waits``
+        that those which are not here yet must come.
         """
 
     @abstractmethod
@@ -121,7 +122,7 @@ class PagedKV(StoredKV):
     def held(self, physical: Tensor) -> Tensor:
         return physical >= 0
 
-    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool) -> Tensor:
+    def offer(self, chosen: Tensor, physical: Tensor, *, fresh: bool, waits: bool) -> Tensor:
         return chosen
 
     def bring(self, physical: Tensor, real: Tensor) -> None:

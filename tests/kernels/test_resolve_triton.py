@@ -79,7 +79,7 @@ def test_steps_bring_what_the_reference_brings(kernels: ModuleType, sparse_from:
                 chosen[row, head, : len(some)] = some.sort().values
         row, reuses = torch.tensor([2, 0]), torch.tensor([0, step % 2], dtype=torch.int32)
         before = kv.cache.counts.clone()
-        kernels.bring(kv, table, page, chosen, row, reuses, PLAN, sparse_from)
+        kernels.bring(kv, table, page, chosen, row, reuses, PLAN, sparse_from, False)
         asked = wanted(table, page, chosen, row, sparse_from)
         # the door counts what searches found, and not what is brought
         searched = chosen[row][(reuses == 0) & (page >= sparse_from)]
@@ -109,7 +109,7 @@ def test_blocks_of_a_prompt_share_a_table_and_pages(kernels: ModuleType) -> None
     fresh = torch.zeros(4, dtype=torch.int32)
     for chosen in (torch.tensor([1, 3, 4]).expand(4, HEADS, 3).contiguous(), None):
         start = 0 if chosen is not None else NO_PAGE
-        kernels.bring(kv, table, page, chosen, row, fresh, PLAN, start)
+        kernels.bring(kv, table, page, chosen, row, fresh, PLAN, start, False)
         resolve(like.host, like.cache, wanted(table, page, chosen, row, start))
         kv.cache.counts[: Counts.FETCHED] = 0
         same(kv, like)
@@ -119,7 +119,7 @@ def test_tokens_are_written_to_host_memory_and_to_copies(kernels: ModuleType) ->
     kv = offloaded()
     page, row = torch.tensor([5]), torch.tensor([0])
     fresh = torch.zeros(1, dtype=torch.int32)
-    kernels.bring(kv, torch.arange(6)[None] + 10, page, None, row, fresh, PLAN, NO_PAGE)
+    kernels.bring(kv, torch.arange(6)[None] + 10, page, None, row, fresh, PLAN, NO_PAGE, False)
     like = copied(kv)
     slots = torch.tensor([10, 3, 15, 40]) * PAGE_SIZE + torch.tensor([0, 63, 7, 1])
     key, value = torch.randn(4, HEADS, 20), torch.randn(4, HEADS, 12)
@@ -134,8 +134,8 @@ def test_bad_arguments_are_named(kernels: ModuleType) -> None:
     page, row = torch.tensor([5]), torch.tensor([0])
     fresh = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(AssertionError, match=r"page is torch\.int32"):
-        kernels.bring(kv, torch.arange(6)[None], page.int(), None, row, fresh, PLAN, NO_PAGE)
+        kernels.bring(kv, torch.arange(6)[None], page.int(), None, row, fresh, PLAN, NO_PAGE, False)
     with pytest.raises(AssertionError, match="table is of 2 blocks"):
-        kernels.bring(kv, torch.zeros(2, 6).long(), page, None, row, fresh, PLAN, NO_PAGE)
+        kernels.bring(kv, torch.zeros(2, 6).long(), page, None, row, fresh, PLAN, NO_PAGE, False)
     with pytest.raises(AssertionError, match="key has the shape"):
         kernels.write(kv, row, torch.zeros(1, 1, 20), torch.zeros(1, HEADS, 12))

@@ -19,6 +19,8 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.resolve.triton import bring
 from hip_kernels.select import prefill as weighing_blocks
 from hip_kernels.select import prefill_nodes as searching_blocks
 from hip_kernels.select.best import best_pages
@@ -29,7 +31,7 @@ from hip_kernels.select.scores import Scores
 from hip_kernels.select.triton import weigh
 from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import NO_PAGE, DecodeSteps
-from hip_kernels.stored import PagedKV
+from hip_kernels.stored import StoredKV
 
 WIDEST_OF_BLOCKS = 256
 
@@ -44,7 +46,7 @@ def serves(blocks: QueryBlocks, plan: SparsePlan, width: int) -> bool:
 
 def attend(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -61,7 +63,7 @@ def attend(
 
 def _attend_blocks(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -96,7 +98,7 @@ def _attend_blocks(
 
 def _attend_rows(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     blocks: QueryBlocks,
     plan: SparsePlan,
@@ -121,7 +123,7 @@ def _attend_rows(
 
 def attend_steps(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     steps: DecodeSteps,
     choice: Choice,
@@ -141,5 +143,12 @@ def attend_steps(
         weigh(query, summaries, nodes, steps, choice, plan, scale, scores, scratch)
         if plan.second_look:
             look(query, kv, scores, scratch, steps, choice, plan, scale)
+    if isinstance(kv, OffloadedKV):
+        pages = None if kept is None else kept.pages
+        pages = bring(
+            *(kv, steps.table, steps.page, pages, steps.row, steps.reuses, plan),
+            *(steps.sparse_from, kv.miss_policy == "estimate"),
+        )
+        kept = None if pages is None else Choice(pages, choice.correction)
     rest = None if plan.remainder == "none" else scores
     decode(query, kv, summaries, nodes, steps, kept, rest, plan, scale, out, estimated)

@@ -6,7 +6,7 @@ others to what it finds. The mathematics is in ``reference.attend_sparse``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -20,6 +20,9 @@ from hip_kernels.layout import (
     QueryBlocks,
     SparsePlan,
 )
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.resolve.triton import bring
+from hip_kernels.rows import Rows, apart, row_of
 from hip_kernels.select.parts import Part
 from hip_kernels.select.prefill import check_blocks, check_weighed
 from hip_kernels.select.prefill_tiles import (
@@ -29,7 +32,8 @@ from hip_kernels.select.prefill_tiles import (
     rows_of_block,
     tiling,
 )
-from hip_kernels.stored import PagedKV
+from hip_kernels.steps import NO_PAGE
+from hip_kernels.stored import StoredKV
 from hip_kernels.tiles import load_rows, log_add, soft_capped
 
 # keys that one step takes; half as many of wider heads, which spill
@@ -38,7 +42,7 @@ KEYS = 32
 
 def attend(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     parts: Sequence[Part],
     blocks: QueryBlocks,
     chosen: Tensor,
@@ -54,8 +58,8 @@ def attend(
     ``estimated`` [N, Hq, 64] becomes the share of each row's softmax that went to summaries.
     """
     count, heads, kv_heads = len(blocks), query.shape[1], kv.kv_heads
-    value_width = kv.value.shape[2]
-    check_kv(query, kv, out)
+    value_width = out.shape[2]
+    check("out", out, (len(query), heads, None))
     check("chosen", chosen, (count, kv_heads, None), int64)
     check("estimated", estimated, (count, heads, PAGE_SIZE), float32)
     exact = torch.empty_like(estimated)
@@ -90,30 +94,21 @@ def attend(
 
 
 def attend_all(
-    query: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
+    query: Tensor, kv: StoredKV, blocks: QueryBlocks, scale: float, cap: float, out: Tensor
 ) -> None:
     """Attend to every page up to the block's own: query [T, Hq, D] -> rows of out [T, Hq, Dv]."""
-    check("query", query, (None, None, kv.key.shape[2]))
+    check("query", query, (None, None, None))
     assert query.shape[1] % kv.kv_heads == 0, (
         f"query has {query.shape[1]} heads, no multiple of {kv.kv_heads} KV heads"
     )
     check_blocks("blocks", blocks)
-    check_kv(query, kv, out)
+    check("out", out, (len(query), query.shape[1], None))
     _attend_exactly(query, kv, blocks, None, SparsePlan(), scale, cap, out, None)
-
-
-def check_kv(query: Tensor, kv: PagedKV, out: Tensor) -> None:
-    """Assert that query, pool and output belong together."""
-    tokens, heads, width = query.shape
-    value_width = kv.value.shape[2]
-    check("kv.key", kv.key, (None, kv.kv_heads, width))
-    check("kv.value", kv.value, (len(kv.key), kv.kv_heads, value_width))
-    check("out", out, (tokens, heads, value_width))
 
 
 def _attend_exactly(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     blocks: QueryBlocks,
     chosen: Tensor | None,
     plan: SparsePlan,
@@ -123,26 +118,55 @@ def _attend_exactly(
     mass: Tensor | None,
 ) -> None:
     """``mass`` [N, Hq, 64] becomes each row's log-sum-exp; all pages where nothing is chosen."""
-    heads, width, value_width = query.shape[1], query.shape[2], kv.value.shape[2]
-    _exact[(heads, len(blocks))](
-        *(query, kv.key, kv.value),
-        *(blocks.tokens, blocks.position, blocks.page, blocks.table, chosen, out, mass),
-        *(float(scale * kv.key_scale), float(kv.value_scale), float(cap)),
-        *(plan.sink_pages, plan.window_pages, 0 if chosen is None else chosen.shape[2]),
-        blocks.table.shape[1] if len(blocks.table) > 1 else 0,
-        ALL=chosen is None,
-        PAGE=PAGE_SIZE,
-        GROUP=heads // kv.kv_heads,
-        CAPS=cap > 0,
-        WIDTH=width,
-        VALUE_WIDTH=value_width,
-        BLOCK=triton.next_power_of_2(width),
-        VALUE_BLOCK=triton.next_power_of_2(value_width),
-        KEYS=KEYS if max(width, value_width) <= 128 else KEYS // 2,
-        num_warps=4 if max(width, value_width) <= 128 else 8,
-        num_stages=2,
-        maxnreg=255,
-    )
+    heads, width = query.shape[1:]
+    stored = Rows.of(kv, width)
+    value_width = stored.value_width
+    check("out", out, (len(query), heads, value_width))
+    choices = 0 if chosen is None else chosen.shape[2]
+    for part in _waves(kv, blocks, chosen, plan):
+        shared = len(blocks.table) == 1
+        table = blocks.table if shared else blocks.table[part]
+        page, some = blocks.page[part], None if chosen is None else chosen[part]
+        if isinstance(kv, OffloadedKV):
+            row = torch.arange(len(page), device=page.device)
+            fresh = torch.zeros_like(row, dtype=torch.int32)
+            bring(kv, table, page, some, row, fresh, plan, NO_PAGE if some is None else 0, False)
+        _exact[(heads, len(page))](
+            *(query, stored.key, stored.value, *stored.arguments),
+            *(blocks.tokens[part], blocks.position[part], page, table, some, out),
+            None if mass is None else mass[part],
+            *(float(scale * kv.key_scale), float(kv.value_scale), float(cap)),
+            *(plan.sink_pages, plan.window_pages, choices),
+            0 if shared else table.shape[1],
+            ALL=chosen is None,
+            HELD=stored.held,
+            PAGE=PAGE_SIZE,
+            GROUP=heads // kv.kv_heads,
+            CAPS=cap > 0,
+            WIDTH=width,
+            VALUE_WIDTH=value_width,
+            BLOCK=triton.next_power_of_2(width),
+            VALUE_BLOCK=triton.next_power_of_2(value_width),
+            KEYS=KEYS if max(width, value_width) <= 128 else KEYS // 2,
+            num_warps=4 if max(width, value_width) <= 128 else 8,
+            num_stages=2,
+            maxnreg=255,
+        )
+
+
+def _waves(
+    kv: StoredKV, blocks: QueryBlocks, chosen: Tensor | None, plan: SparsePlan
+) -> Iterator[slice]:
+    """Blocks whose pages fit the device together."""
+    most = blocks.table.shape[1]
+    if chosen is not None:
+        most = plan.sink_pages + chosen.shape[2] + plan.window_pages + 1
+    size = kv.steps_at_once(most)
+    if chosen is None and len(blocks.table) == 1:
+        # they share all of their pages
+        size = len(blocks)
+    for start in range(0, len(blocks), size):
+        yield slice(start, start + size)
 
 
 @triton.jit
@@ -150,6 +174,9 @@ def _exact(
     query,
     key,
     value,
+    copy_at,
+    copy_pages,
+    copy_slots,
     tokens,
     position,
     page,
@@ -165,6 +192,7 @@ def _exact(
     choices,  # columns of ``chosen``
     stride,  # between the tables of two blocks
     ALL: tl.constexpr,
+    HELD: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     CAPS: tl.constexpr,
@@ -208,15 +236,15 @@ def _exact(
         start = step % runs * KEYS
         k_at = each * PAGE + start + offset
         seen = (each >= 0) & (k_at <= last)
-        first = tl.load(table + block * stride + each, mask=each >= 0, other=0) * PAGE + start
-        first = first * kv_heads + kv_head
-        k = load_rows(key + first * WIDTH, offset * kv_heads, seen, WIDTH, BLOCK)
+        found = tl.load(table + block * stride + each, mask=each >= 0, other=0)
+        first = row_of(found, start, kv_head, kv_heads, copy_at, copy_pages, copy_slots, PAGE, HELD)
+        k = load_rows(key + first * WIDTH, offset * apart(kv_heads, HELD), seen, WIDTH, BLOCK)
         logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         if CAPS:
             logit = soft_capped(logit, cap)
         logit = tl.where(seen[None, :] & (k_at[None, :] <= at[:, None]), logit, float("-inf"))
-        rows = value + first * VALUE_WIDTH
-        rows = load_rows(rows, offset * kv_heads, seen, VALUE_WIDTH, VALUE_BLOCK)
+        rows, next_row = value + first * VALUE_WIDTH, offset * apart(kv_heads, HELD)
+        rows = load_rows(rows, next_row, seen, VALUE_WIDTH, VALUE_BLOCK)
         top, total, mixed = more_keys(top, total, mixed, logit, rows.to(q.dtype))
     if not ALL:
         tl.store(mass + (block * heads + head) * PAGE + row, top + tl.log(total))

@@ -141,7 +141,9 @@ def attend_sparse(
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
     found = lookup(blocks.table, chosen)
     here = kv.held(found)
-    chosen = kv.offer(chosen, found, fresh=held is None)
+    # only decode steps have a deadline
+    waits = blocks.tokens.shape[1] > 1
+    chosen = kv.offer(chosen, found, fresh=held is None, waits=waits)
     pages = plan.with_fixed_pages(chosen.transpose(0, 1), blocks.page)
     pages = pages.transpose(0, 1)  # [Hkv, N, K] logical
     attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]

@@ -20,10 +20,11 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
+from hip_kernels.rows import Rows, row_of
 from hip_kernels.select.nodes import nodes_end, page_of
 from hip_kernels.select.scores import Columns, Scores
 from hip_kernels.steps import DecodeSteps
-from hip_kernels.stored import PagedKV
+from hip_kernels.stored import StoredKV
 from hip_kernels.tiles import (
     PAGES_A_TILE,
     arrivals,
@@ -42,7 +43,7 @@ MOST_SPLITS = 64
 
 def decode(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     summaries: Summaries,
     nodes: Summaries | None,
     steps: DecodeSteps,
@@ -60,11 +61,11 @@ def decode(
     went to what is.
     """
     batch, heads, width = len(steps), *query.shape[1:]
-    pages, kv_heads, value_width = steps.table.shape[1], kv.kv_heads, kv.value.shape[2]
+    pages, kv_heads = steps.table.shape[1], kv.kv_heads
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
-    check("query", query, (None, None, kv.key.shape[2]))
-    check("kv.key", kv.key, (None, kv_heads, width))
-    check("kv.value", kv.value, (len(kv.key), kv_heads, value_width))
+    check("query", query, (None, None, None))
+    stored = Rows.of(kv, width)
+    value_width = stored.value_width
     check_summaries("summaries", summaries, kv_heads)
     check_steps("steps", steps)
     check("out", out, (len(query), heads, value_width))
@@ -95,7 +96,7 @@ def decode(
     part = query.new_empty(batch, heads, splits, value_width, dtype=torch.float32)
     mass = query.new_empty(batch, heads, splits, dtype=torch.float32)
     _decode[(splits, batch, kv_heads)](
-        *(query, kv.key, kv.value, summaries.value, node_value),
+        *(query, stored.key, stored.value, *stored.arguments, summaries.value, node_value),
         *(steps.token, steps.position, steps.page, steps.row, steps.table, node_table, listed),
         *(chosen, logits, node_logits, correction),
         *(part, mass, out, estimated, arrivals(query.device, batch * kv_heads)),
@@ -105,6 +106,7 @@ def decode(
         *(most, budget, plan.sink_pages, plan.window_pages),
         *(exact_splits, page_splits, node_splits, summaries.pages, node_value.shape[1]),
         PAGE=PAGE_SIZE,
+        HELD=stored.held,
         NODE=0 if count == 0 else NODE_PAGES,
         GROUP=group,
         CAPS=plan.logit_cap > 0,
@@ -127,6 +129,9 @@ def _decode(
     query,
     key,
     value,
+    copy_at,
+    copy_pages,
+    copy_slots,
     mean_value,
     node_value,
     token,
@@ -165,6 +170,7 @@ def _decode(
     pool_pages,  # that the summaries have room for
     pool_nodes,
     PAGE: tl.constexpr,
+    HELD: tl.constexpr,
     NODE: tl.constexpr,
     GROUP: tl.constexpr,
     CAPS: tl.constexpr,
@@ -204,9 +210,11 @@ def _decode(
         share = tl.cdiv(count, exact_splits)
         for column in range(split * share, tl.minimum((split + 1) * share, count)):
             page = tl.where(sparse, exact_page(column, chosen, own, budget, sink, window), column)
-            slot = tl.load(table + request * pages + page, mask=page >= 0, other=0) * PAGE + offset
+            found = tl.load(table + request * pages + page, mask=page >= 0, other=0)
             seen = (page >= 0) & (page * PAGE + offset <= last)
-            place = slot * kv_heads + head
+            place = row_of(
+                found, offset, head, kv_heads, copy_at, copy_pages, copy_slots, PAGE, HELD
+            )
             k = load_rows(key, place, seen, WIDTH, BLOCK)
             logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
             if CAPS:

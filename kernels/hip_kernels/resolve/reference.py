@@ -35,12 +35,12 @@ def resolve(host: HostPages, cache: PageCache, wanted: Tensor) -> None:
     cache.key[head, victim] = host.key[page, head]
     cache.value[head, victim] = host.value[page, head]
     cache.counts[Counts.FETCHED] += len(page)
-    cache.counts[Counts.STALLS] += len(head.unique())
+    cache.counts[Counts.STALLS] += len(torch.unique(head))
 
 
 def _last_of_each(head: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs [C], in the order of the heads, without repetitions."""
-    pairs, which = torch.stack([head, page]).unique(dim=1, return_inverse=True)
+    pairs, which = torch.unique(torch.stack([head, page]), dim=1, return_inverse=True)
     place = torch.arange(len(head), device=head.device)
     last = place.new_zeros(pairs.shape[1]).scatter_reduce_(0, which, place, "amax")
     pairs = pairs[:, last.argsort()]

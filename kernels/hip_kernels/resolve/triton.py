@@ -25,6 +25,7 @@ _NOWHERE = tl.constexpr(-1)
 _CHOSEN = tl.constexpr(int(Counts.CHOSEN))
 _HELD = tl.constexpr(int(Counts.HELD))
 _FETCHED = tl.constexpr(int(Counts.FETCHED))
+_ESTIMATED = tl.constexpr(int(Counts.ESTIMATED))
 _STALLS = tl.constexpr(int(Counts.STALLS))
 
 
@@ -37,12 +38,15 @@ def bring(
     reuses: Tensor,
     plan: SparsePlan,
     sparse_from: int,
-) -> None:
-    """Bring what query blocks attend exactly.
+    estimates: bool,
+) -> Tensor | None:
+    """Bring what query blocks attend exactly, and return what they attend of ``chosen``.
 
     table [N | 1, P] physical pages; page [N] that holds each block; chosen [R, Hkv, K] logical
     pages, of which a block in ``sparse_from`` or a later page attends its ``row`` [N], with sink
     and window; None, and those before it: every page. ``reuses`` [N] are not counted as found.
+    With ``estimates``, chosen pages that are not here yet are brought, and not attended: they are
+    -1 in what is returned.
     """
     heads, count = kv.kv_heads, len(page)
     check("page", page, (count,), torch.int64)
@@ -64,13 +68,19 @@ def bring(
         for size in (slots, missing.shape[1])
     )
     found = torch.empty(heads, dtype=torch.int32, device=page.device)
+    attended = chosen
+    if chosen is not None and estimates:
+        attended = torch.empty_like(chosen)
+    unread = row  # where nothing is chosen
     _resolve[(heads,)](
-        *(table, page, row if chosen is None else chosen, row, reuses),
+        *(table, page, unread if chosen is None else chosen, row, reuses),
+        unread if attended is None else attended,
         *(cache.slot, cache.page, cache.used, cache.step, cache.counts),
         *(missing, victims, keys, taken, found),
         *(count * most, most, 0 if len(table) == 1 else table.shape[1], budget, sparse_from),
         *(plan.sink_pages, plan.window_pages, cache.slot.shape[1], slots, missing.shape[1]),
         CHOOSES=chosen is not None,
+        ESTIMATES=estimates,
         ENTRIES=ENTRIES,
         KEYS=KEYS_A_TILE,
         num_warps=4,
@@ -84,6 +94,7 @@ def bring(
         PIECE=PIECE,
         num_warps=4,
     )
+    return attended
 
 
 def write(kv: OffloadedKV, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -115,6 +126,7 @@ def _resolve(
     chosen,
     kept_rows,
     reuses,
+    attended,
     slot_of,
     page_in,
     used,
@@ -136,6 +148,7 @@ def _resolve(
     slots,
     room,
     CHOOSES: tl.constexpr,
+    ESTIMATES: tl.constexpr,
     ENTRIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -154,20 +167,25 @@ def _resolve(
     tile = tl.arange(0, ENTRIES)
     searched = tl.full((), 0, tl.int64)
     hits = tl.full((), 0, tl.int64)
+    left = tl.full((), 0, tl.int64)
     for start in range(0, entries, ENTRIES):
-        page, is_new = _wanted(
+        page, number, at, listed, fresh = _wanted(
             start + tile, entries, most, stride, table, own_pages, chosen, kept_rows, reuses,
             head, heads, budget, sparse_from, sink, window, CHOOSES,
         )  # fmt: skip
         slot = tl.load(slot_of + page, mask=page >= 0, other=-1)
         tl.store(used + slot, now, mask=slot >= 0)
-        searched += tl.sum(is_new.to(tl.int64), 0)
-        hits += tl.sum((is_new & (slot >= 0)).to(tl.int64), 0)
+        new = listed & fresh & (page >= 0)
+        searched += tl.sum(new.to(tl.int64), 0)
+        hits += tl.sum((new & (slot >= 0)).to(tl.int64), 0)
+        if ESTIMATES:
+            left += tl.sum((listed & (page >= 0) & (slot < 0)).to(tl.int64), 0)
+            tl.store(attended + at, tl.where(slot >= 0, number, -1), mask=listed)
     # of entries for the same page the last one asks: it leaves the smallest number
     tl.debug_barrier()
     for start in range(0, entries, ENTRIES):
         entry = start + tile
-        page, is_new = _wanted(
+        page, _, _, _, _ = _wanted(
             entry, entries, most, stride, table, own_pages, chosen, kept_rows, reuses,
             head, heads, budget, sparse_from, sink, window, CHOOSES,
         )  # fmt: skip
@@ -177,7 +195,7 @@ def _resolve(
     count = tl.full((), 0, tl.int32)
     for start in range(0, entries, ENTRIES):
         entry = start + tile
-        page, is_new = _wanted(
+        page, _, _, _, _ = _wanted(
             entry, entries, most, stride, table, own_pages, chosen, kept_rows, reuses,
             head, heads, budget, sparse_from, sink, window, CHOOSES,
         )  # fmt: skip
@@ -214,6 +232,7 @@ def _resolve(
     tl.store(found + head, asked)
     tl.atomic_add(counts + _CHOSEN, searched)
     tl.atomic_add(counts + _HELD, hits)
+    tl.atomic_add(counts + _ESTIMATED, left)
     tl.atomic_add(counts + _FETCHED, asked.to(tl.int64))
     tl.atomic_add(counts + _STALLS, (asked > 0).to(tl.int64))
 
@@ -237,24 +256,30 @@ def _wanted(
     window,
     CHOOSES: tl.constexpr,
 ):
-    """The physical pages of entries, -1 is none; and which were found by a search just now."""
+    """The pages of entries, physical and logical, -1 is none.
+
+    And where in ``chosen`` each stands, whether it stands there, and was found just now.
+    """
     block = (entry // most).to(tl.int64)
     column = entry % most
     real = entry < entries
     own = tl.load(own_pages + block, mask=real, other=-1)
-    page = tl.where(column <= own, column.to(tl.int64), -1)
-    is_new = entry < 0
+    number = tl.where(column <= own, column.to(tl.int64), -1)
+    at = block
+    listed = entry < 0
+    fresh = entry < 0
     if CHOOSES:
         sparse = real & (own >= sparse_from)
         row = tl.load(kept_rows + block, mask=sparse, other=0) * heads + head
+        at = row * budget + column - sink
+        listed = sparse & (column >= sink) & (column < sink + budget)
         exact = exact_page(column, chosen + row * budget, own, budget, sink, window)
         exact = tl.where(column <= sink + budget + window, exact, -1)
-        page = tl.where(sparse, exact, page)
-        among = sparse & (column >= sink) & (column < sink + budget) & (exact >= 0)
-        is_new = among & (tl.load(reuses + block, mask=sparse, other=1) == 0)
-    page = tl.where(real, page, -1)
-    place = tl.load(table + block * stride + page, mask=page >= 0, other=-1)
-    return place, is_new
+        number = tl.where(sparse, exact, number)
+        fresh = tl.load(reuses + block, mask=sparse, other=1) == 0
+    number = tl.where(real, number, -1)
+    page = tl.load(table + block * stride + number, mask=number >= 0, other=-1)
+    return page, number, at, listed, fresh
 
 
 @triton.jit

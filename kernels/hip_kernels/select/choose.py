@@ -21,12 +21,14 @@ from hip_kernels.layout import (
     Choice,
     SparsePlan,
 )
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.rows import Rows
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken
 from hip_kernels.select.enough import keep_enough
 from hip_kernels.select.nodes import page_of
 from hip_kernels.select.scores import Scores
 from hip_kernels.steps import DecodeSteps
-from hip_kernels.stored import PagedKV
+from hip_kernels.stored import StoredKV
 from hip_kernels.tiles import (
     ENTRIES_A_TILE,
     arrivals,
@@ -71,7 +73,7 @@ class Shortlist:
 
 def look(
     query: Tensor,
-    kv: PagedKV,
+    kv: StoredKV,
     scores: Scores,
     shortlist: Shortlist,
     steps: DecodeSteps,
@@ -85,8 +87,13 @@ def look(
     """
     batch, heads, width = len(steps), *query.shape[1:]
     kv_heads, means, columns = kv.kv_heads, len(scores.parts), scores.columns
-    check("query", query, (None, None, kv.key.shape[2]))
-    check("kv.key", kv.key, (None, kv_heads, width))
+    check("query", query, (None, None, None))
+    if isinstance(kv, OffloadedKV):
+        # pages that may not be chosen are read where they are
+        key, span = kv.host.rows.view(kv.dtype), kv.host.rows.shape[2]
+        check("kv.host.rows", key, (None, kv_heads, None))
+    else:
+        key, span = Rows.of(kv, width).key, 0
     check_steps("steps", steps)
     check_choice("choice", choice, kv_heads, heads)
     scores.check(batch, heads)
@@ -95,7 +102,7 @@ def look(
     splits = triton.cdiv(entries, SUB_PAGES_A_SPLIT)
     group = heads // kv_heads
     _look[(splits, batch, kv_heads)](
-        *(query, steps.token, kv.key, steps.table, shortlist.listed, true, scores.total),
+        *(query, steps.token, key, steps.table, shortlist.listed, true, scores.total),
         *(scores.page, scores.parts, scores.spread, steps.page, steps.row, steps.reuses),
         *(scores.listed, shortlist.keys, shortlist.taken, choice.pages, choice.correction),
         *(arrivals(query.device, batch * kv_heads), float(scale * kv.key_scale)),
@@ -104,6 +111,7 @@ def look(
         *(shortlist.keys.shape[2], shortlist.taken.shape[2], choice.pages.shape[2]),
         *(columns.head, columns.beam, plan.sink_pages, plan.window_pages),
         PAGE=PAGE_SIZE,
+        SPAN=span,
         CAPS=plan.logit_cap > 0,
         SPREAD=GUARDS[plan.remainder] > 0,
         WIDTH=width,
@@ -231,6 +239,7 @@ def _look(
     sink,
     window,
     PAGE: tl.constexpr,
+    SPAN: tl.constexpr,  # numbers of a page of a KV head in host memory; 0: a pool of rows
     CAPS: tl.constexpr,
     SPREAD: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -269,8 +278,13 @@ def _look(
         seen = code >= 0
         page = page_of(code // MEANS, far_columns, own, listed_pages, far, NODE)
         page = tl.load(table + request * pages + page, mask=seen, other=0)
-        slot = page * PAGE + code % MEANS * TOKENS + offset % TOKENS
-        k = load_rows(key, slot * kv_heads + head, seen, WIDTH, BLOCK)
+        place = code % MEANS * TOKENS + offset % TOKENS
+        if SPAN > 0:
+            of_page = key + ((page * kv_heads + head) * SPAN)[:, None]
+            k = load_rows(of_page, place, seen, WIDTH, BLOCK)
+        else:
+            place = (page * PAGE + place) * kv_heads + head
+            k = load_rows(key, place, seen, WIDTH, BLOCK)
         logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         if CAPS:
             logit = soft_capped(logit, cap)

@@ -16,13 +16,23 @@ from hip_kernels.layout import (
     PAGE_SIZE,
     Summaries,
 )
-from hip_kernels.stored import PagedKV
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.rows import Rows
+from hip_kernels.stored import StoredKV
 
 
-def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
+def summarize(kv: StoredKV, pages: Tensor, out: Summaries) -> None:
     """Summarise complete pages [C], physical, into ``out``; -1 is none (``ops.summarize``)."""
-    check("kv.key", kv.key, (None, kv.kv_heads, out.mean.shape[-1]))
-    check("kv.value", kv.value, (len(kv.key), kv.kv_heads, out.value.shape[-1]))
+    heads, width, value_width = kv.kv_heads, out.mean.shape[-1], out.value.shape[-1]
+    if isinstance(kv, OffloadedKV):
+        # the device may hold none of the pages that a prompt completes
+        key = value = kv.host.rows.view(kv.dtype)
+        span = PAGE_SIZE * (width + value_width)
+        check("kv.host.rows", key, (None, heads, span))
+    else:
+        stored = Rows.of(kv, width)
+        key, value, span = stored.key, stored.value, 0
+        check("kv.value", value, (None, heads, value_width))
     check("pages", pages, (None,), torch.int64)
     check_summaries("out", out, kv.kv_heads)
     if pages.numel() == 0:
@@ -30,8 +40,9 @@ def summarize(kv: PagedKV, pages: Tensor, out: Summaries) -> None:
     scales = float(kv.key_scale), float(kv.value_scale)
     limit = torch.finfo(out.mean.dtype).max
     _summarize[(len(pages), kv.kv_heads)](
-        *(kv.key, kv.value, pages, *out.tensors, *scales, limit, out.pages),
+        *(key, value, pages, *out.tensors, *scales, limit, out.pages),
         PAGE=PAGE_SIZE,
+        SPAN=span,
         **_sizes(out),
     )
 
@@ -77,6 +88,7 @@ def _summarize(
     limit,
     count,  # pages that the summaries have room for
     PAGE: tl.constexpr,
+    SPAN: tl.constexpr,  # numbers of a page of a KV head in host memory; 0: a pool of rows
     MEANS: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -88,6 +100,10 @@ def _summarize(
         return
     head = tl.program_id(1).to(tl.int64)
     row = (page * PAGE + tl.arange(0, PAGE)) * tl.num_programs(1) + head  # of the pool
+    if SPAN > 0:
+        key += (page * tl.num_programs(1) + head) * SPAN
+        value += (page * tl.num_programs(1) + head) * SPAN + PAGE * WIDTH
+        row = tl.arange(0, PAGE)
     d = tl.arange(0, BLOCK)
     keys = tl.load(key + row[:, None] * WIDTH + d[None, :], mask=d[None, :] < WIDTH, other=0.0)
     keys = keys.to(tl.float32) * key_scale
