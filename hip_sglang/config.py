@@ -272,7 +272,12 @@ class HipConfig(BaseModel):
     @property
     def captures(self) -> bool:
         """Whether CUDA graphs can hold a pass of decode steps: all of it is kernels."""
-        return self.trace is None and self._pages.has_kernels
+        return self.trace is None and self.has_kernels
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether a GPU's kernels prune so; elsewise torch does."""
+        return self._pages.has_kernels
 
     @property
     def nodes_from(self) -> int | None:

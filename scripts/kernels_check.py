@@ -22,7 +22,9 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
-from hip_kernels.stored import PagedKV
+from hip_kernels.offloaded import HostPages, MissPolicy, OffloadedKV, PageCache
+from hip_kernels.resolve.triton import write
+from hip_kernels.stored import PagedKV, StoredKV
 from hip_kernels.summarize.triton import pool, summarize
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
@@ -47,6 +49,8 @@ def variants(card: Card) -> Iterator[Variant]:
             for kept in stored:
                 name = f"summarize {width} {of(kept)}, {means} means"
                 yield name, partial(launch_summarize, width, means, kept)
+            host = partial(launch_summarize, width, means, STORED[0], offloads=True)
+            yield f"offloaded summarize {width}, {means} means", host
         for group in GROUPS:
             # models that cap their logits have heads of 128 or 256
             for cap in (0.0, 50.0) if width >= 128 and group == 8 else (0.0,):
@@ -55,11 +59,17 @@ def variants(card: Card) -> Iterator[Variant]:
                     step = partial(launch_step, width, group, cap, kept)
                     yield f"decode {how}", partial(step, top_p=1.0)
                     yield f"keep-all {how}", partial(step, prunes=False)
+            step = partial(launch_step, width, group, 0.0, STORED[0], offloads=True)
+            yield f"offloaded decode {width}, group of {group}", step
+            blocks = partial(launch_blocks, width, group, 0.0, STORED[0], offloads=True)
+            yield f"offloaded prompt {width}, group of {group}", blocks
+            yield f"offloaded keep-all {width}, group of {group}", partial(blocks, prunes=False)
             for kept in stored:
                 how = f"{width} {of(kept)}, group of {group}"
                 blocks = partial(launch_blocks, width, group, 0.0, kept)
                 yield f"keep-all prompt {how}", partial(blocks, prunes=False)
                 yield f"prompt {how}", blocks
+        yield f"offloaded write {width}", partial(launch_write, width)
         capped = partial(launch_blocks, width, 8, 50.0, STORED[0])
         yield f"keep-all prompt {width}, capped", partial(capped, prunes=False)
         if width >= 128:
@@ -78,8 +88,16 @@ def of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def launch_summarize(width: int, means: int, stored: torch.dtype) -> None:
-    summarize(pool_of(width, stored), integers(2), summaries(width, means))
+def launch_summarize(
+    width: int, means: int, stored: torch.dtype, *, offloads: bool = False
+) -> None:
+    summarize(kv_of(width, stored, offloads), integers(2), summaries(width, means))
+
+
+def launch_write(width: int) -> None:
+    kv = offloaded(width, STORED[0], "fetch")
+    rows = torch.empty(2, HEADS, width, dtype=STORED[0], device="meta")
+    write(kv, integers(2), rows, rows)
 
 
 def launch_pool(width: int, means: int) -> None:
@@ -97,6 +115,7 @@ def launch_step(
     prunes: bool = True,
     nodes: bool = False,
     held: bool = False,
+    offloads: bool = False,
     top_p: float = 0.9,
 ) -> None:
     """A whole decode step; with ``held`` it uses a choice again."""
@@ -108,7 +127,8 @@ def launch_step(
     query = torch.empty(BATCH, HEADS * group, width, dtype=torch.bfloat16, device="meta")
     kept = summaries(width, 4)
     plan = SparsePlan(logit_cap=cap, second_look=2, top_p=top_p)
-    given = query, pool_of(width, stored), kept, blocks, plan, 0.1, torch.empty_like(query)
+    kv = kv_of(width, stored, offloads)
+    given = query, kv, kept, blocks, plan, 0.1, torch.empty_like(query)
     choice = None
     if held:
         correction = torch.empty(BATCH, HEADS, group, device="meta")
@@ -124,6 +144,7 @@ def launch_blocks(
     *,
     prunes: bool = True,
     nodes: bool = False,
+    offloads: bool = False,
     top_p: float = 1.0,
 ) -> None:
     """A chunk of a prompt."""
@@ -135,8 +156,18 @@ def launch_blocks(
     query = torch.empty(rows, HEADS * group, width, dtype=torch.bfloat16, device="meta")
     plan = SparsePlan(logit_cap=cap, top_p=top_p)
     kept = summaries(width, 4)
-    given = query, pool_of(width, stored), kept, blocks, plan
+    given = query, kv_of(width, stored, offloads), kept, blocks, plan
     fused.attend(*given, 0.1, torch.empty_like(query), nodes=kept)
+
+
+def kv_of(width: int, stored: torch.dtype, offloads: bool) -> StoredKV:
+    return offloaded(width, stored, "estimate") if offloads else pool_of(width, stored)
+
+
+def offloaded(width: int, stored: torch.dtype, policy: MissPolicy) -> OffloadedKV:
+    shape = PAGES, HEADS, 2 * PAGE_SIZE * width
+    host = HostPages(torch.empty(shape, dtype=stored, device="meta"), width, width)
+    return OffloadedKV(host, PageCache.empty(PAGES, host, "meta"), stored, policy)
 
 
 def pool_of(width: int, stored: torch.dtype) -> PagedKV:

@@ -152,6 +152,8 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 self.telemetry.observe_steps(self.totals)
                 if self.config.offload is not None:
                     self.telemetry.observe_offload(self.token_to_kv_pool.traffic())
+        if self.config.offload is not None:
+            self.token_to_kv_pool.count_written(len(forward_batch.out_cache_loc))
         if not self._by_steps(forward_batch):
             if self.node_tables is not None:
                 self.node_tables.forget()

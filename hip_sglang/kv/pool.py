@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import Counts, HostPages, MissPolicy, OffloadedKV, PageCache
+from hip_kernels.offloaded import Counts, MissPolicy, OffloadedKV, PageCache
 from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 from torch import Tensor
 
+from hip_sglang.kv.host_store import host_pages
 from hip_sglang.telemetry import Traffic
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
         pages = size // PAGE_SIZE + 1
         self.head_num, self.head_dim, self.v_head_dim = head_num, head_dim, v_head_dim
         self.hosts = [
-            HostPages.empty(pages, head_num, head_dim, v_head_dim, self.store_dtype)
+            host_pages(pages, head_num, head_dim, v_head_dim, self.store_dtype, device)
             for _ in range(layer_num)
         ]
         self.caches = [PageCache.empty(device_tokens // PAGE_SIZE, h, device) for h in self.hosts]
@@ -83,7 +84,6 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
                 rows = (rows if scale is None else rows / scale).to(self.dtype)
             return rows.view(self.store_dtype)
 
-        self._written += (cache_k.numel() + cache_v.numel()) * self.store_dtype.itemsize
         kv = self.kv(layer.layer_id)
         kv.write(slots, stored(cache_k, k_scale), stored(cache_v, v_scale))
 
@@ -91,6 +91,11 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
         """Pages [C] were freed."""
         for cache in self.caches:
             cache.forget(pages)
+
+    def count_written(self, tokens: int) -> None:
+        """A pass writes so many tokens; a graph that is replayed cannot say so itself."""
+        page_bytes = self.hosts[0].bytes_a_page * self.head_num * self.layer_num
+        self._written += tokens * page_bytes // PAGE_SIZE
 
     def traffic(self) -> Traffic:
         """Since the last call; it waits for the device."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES, WIDEST_OF_BLOCKS
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
 from hip_sglang.config import HipConfig
@@ -83,7 +83,7 @@ def settle_backend(server_args: Any) -> None:
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
-    _check_offload(doors.config_of(server_args))
+    _check_offload(doors.config_of(server_args), cfg)
     if cfg.device == "cpu" or not doors.config_of(server_args).captures:
         _disable_graphs(server_args)
     elif cfg.cuda_graph_config.prefill.backend == "full":
@@ -91,7 +91,9 @@ def settle_backend(server_args: Any) -> None:
             f"{BACKEND} plans prompts on the host, which --cuda-graph-backend-prefill full cannot "
             "hold; leave it out, or use breakable"
         )
-    if cfg.device != "cpu" and server_args.mem_fraction_static is None:
+    offloads = doors.config_of(server_args).offload is not None
+    # the logical pool reckons with its summaries itself
+    if cfg.device != "cpu" and server_args.mem_fraction_static is None and not offloads:
         # SGLang fills its share with KV and knows nothing of the summaries beside it
         fp8 = cfg.kv_cache_dtype.startswith("fp8")
         # summaries stay in half precision
@@ -114,7 +116,7 @@ def _running_requests(cfg: Any) -> int:
     return int(max(1, min(most, REQ_TO_TOKEN_BYTES // row_bytes)))
 
 
-def _check_offload(config: HipConfig) -> None:
+def _check_offload(config: HipConfig, cfg: Any) -> None:
     """Refuse more host memory than there is, and a device too small for one query."""
     if config.offload is None:
         return
@@ -124,6 +126,12 @@ def _check_offload(config: HipConfig) -> None:
             f"offload.host_gib={asked:g} is more than the {free / GIB:.1f} GiB of host memory that "
             "are free here, by the container's limit where there is one; lower it"
         )
+    if cfg.device != "cpu" and not (config.has_kernels and _widest(cfg) <= WIDEST_OF_BLOCKS):
+        raise UnsupportedError(
+            "offload on a GPU is for what kernels do: a remainder of none, mean, quadratic or "
+            f"harmonic, and heads of up to {WIDEST_OF_BLOCKS} channels; leave offload out, or use "
+            "those"
+        )
     needed, tokens = config.step_pages * PAGE_SIZE, config.offload.device_tokens
     if tokens is not None and tokens < needed:
         raise UnsupportedError(
@@ -131,6 +139,11 @@ def _check_offload(config: HipConfig) -> None:
             "exactly (the larger of dense_threshold and sink + window + budget + its own page); "
             f"set it to {needed} or more, or lower those"
         )
+
+
+def _widest(cfg: Any) -> int:
+    model = model_config_of(cfg)
+    return int(max(model.head_dim, model.v_head_dim))
 
 
 def _replicas(cfg: Any) -> int:

@@ -19,6 +19,8 @@ PAGE_SIZE = 64
 SUB_PAGES = 4
 NODE_PAGES = 8
 FEW_ROWS = 16
+# channels of a head whose blocks of a prompt have kernels: of wider ones they spill
+WIDEST_OF_BLOCKS = 256
 
 Strategy = Literal["summary", "tree"]
 Remainder = Literal["harmonic", "log_cosh", "log_i0", "quadratic", "mean", "none"]

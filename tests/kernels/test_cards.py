@@ -42,6 +42,8 @@ def test_each_kernel_compiles_for_a_card(card):
             "prompt 80 bfloat16",
             "prompt 80, top_p",
             "prompt 80, nodes",
+            "offloaded decode 80, group of 8",
+            "offloaded write 80",
         ),
     )
     launches = [launch for name, launch in variants(card) if name.startswith(wanted)]
@@ -52,6 +54,7 @@ def test_each_kernel_compiles_for_a_card(card):
     assert kernels == {
         *("_pool", "_summarize", "_weigh", "_look", "_decode"),
         *("_mass", "_best", "_best_pages", "_enough", "_exact", "_rest"),
+        *("_resolve", "_swap_in", "_write"),
     }
     for binary in compiled.binaries:
         assert 16 < binary.registers <= 255

@@ -13,6 +13,7 @@ from hip_kernels.attend import prefill
 from hip_kernels.attend.triton import decode
 from hip_kernels.layout import (
     PAGE_SIZE,
+    WIDEST_OF_BLOCKS,
     Choice,
     QueryBlocks,
     Selection,
@@ -33,14 +34,11 @@ from hip_kernels.select.weigh import check_beam
 from hip_kernels.steps import NO_PAGE, DecodeSteps
 from hip_kernels.stored import StoredKV
 
-WIDEST_OF_BLOCKS = 256
-
 
 def serves(blocks: QueryBlocks, plan: SparsePlan, width: int) -> bool:
     """Whether blocks of this kind, with heads of ``width`` channels, have kernels."""
     if blocks.local is None:
         return True
-    # blocks of many rows spill with wider heads
     return plan.has_kernels and (width <= WIDEST_OF_BLOCKS or blocks.tokens.shape[1] == 1)
 
 
