@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hip_kernels.layout import SparsePlan
+from hip_kernels.layout import PAGE_SIZE, SparsePlan
 from torch import Tensor
 
-from benchmarks.synthetic import GENERATORS, LENGTH, Context
+from benchmarks.synthetic import GENERATORS, LENGTH, WIDTH, Context
 from tests.kernels.door import Request, run
 
 DEFAULT = SparsePlan(second_look=2)
+BEAM = SparsePlan(beam=16)
 SEEDS = range(10, 14)
 
 
@@ -55,3 +58,24 @@ def test_channels_that_deviate_together_are_underestimated() -> None:
     ours, oracle = errors("torn")
     dropped, _ = errors("torn", SparsePlan(second_look=2, remainder="none"))
     assert dropped < ours < 2 * oracle
+
+
+@pytest.mark.parametrize("name", ["rope_smooth", "rope_mid", "rope_rough"])
+def test_a_prompt_through_nodes_comes_nearer_to_dense_than_dropping(name: str) -> None:
+    """Rows of a block that seek alike; a quarter of the nodes are in the beam."""
+    context = GENERATORS[name](10)
+    rows = PAGE_SIZE
+    query = context.query + torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0))
+    request = Request(context.key[:, None], context.value[:, None], prefix=LENGTH - rows)
+    scores = query @ context.key.T * WIDTH**-0.5
+    scores[:, -rows:] += torch.full((rows, rows), -torch.inf).triu(1)
+    dense = scores.softmax(-1) @ context.value
+
+    def error(nodes_from: int | None, plan: SparsePlan = BEAM) -> float:
+        limits = {"sparse_from": 0, "sparse_decode_from": 0, "nodes_from": nodes_from}
+        found = run([request], query[:, None], plan, **limits)[:, 0]
+        return float((found - dense).norm() / dense.norm())
+
+    flat, nodes = error(None), error(0)
+    assert flat < nodes < 3 * flat
+    assert nodes < error(0, replace(BEAM, remainder="none")) / 5
