@@ -183,10 +183,12 @@ def test_programs(server: Server, name: str) -> None:
 
 # mean over prompts of the kit's estimate of KL. measured: 0.0006, for a decode step chooses for
 # itself and with a second look, and a page of a prompt together; keep-all 1.2e-10
-KL_BOUNDS = {"balanced": 0.003, "dense": 1e-8}
+KL_BOUNDS = {"balanced": 0.003, "dense": 1e-8, "offload": 0.003}
+# one query reads three pages, and sixteen requests run: the device holds a third of a prompt each
+OFFLOAD = {**HIP, "offload": {"host_gib": 0.25, "device_tokens": 16 * 3 * 64}}
 
 
-@pytest.mark.parametrize("preset", KL_BOUNDS)
+@pytest.mark.parametrize("preset", list(KL_BOUNDS))
 @pytest.mark.parametrize(
     "name",
     [
@@ -207,7 +209,10 @@ def test_kl_divergence(serve: Serve, model: Path, preset: str, name: str) -> Non
     key = f"{model}_{kl_test_utils.DEFAULT_PROMPT_TOKENS}_{kl_test_utils.DEFAULT_NUM_SAMPLES}"
     # the kit's own cache, so that it downloads no data set
     kl_test_utils._cached_input_ids[key] = prompts
-    server = serve(*SPARSE, "--hip-preset", preset, model=model)
+    how = (*SPARSE, "--hip-preset", preset)
+    if preset == "offload":
+        how = ("--hip-config", json.dumps(OFFLOAD), *SPARSE[2:])
+    server = serve(*how, model=model)
     run(
         KLDivergenceMixin,
         name,
