@@ -43,11 +43,11 @@ CHUNK = 4096
 # tokens of a prompt after the document: a quote
 _ROOM = 64
 # tokens of KV beside one context
-_SPARE = 8192
+SPARE = 8192
 # long enough that the default configuration prunes
 _WARM_UP_TOKENS = 12288
 # how a benchmark's own threads are tuned is not how a server's should be
-_TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_")
+TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_")
 HIP = ("--attention-backend", "hip_attention")
 
 Samples = dict[str, list[Speed]]
@@ -77,17 +77,17 @@ class Contestant:
     """One running server, ready to be measured again and again."""
 
     def __init__(self, url: str, prompts: Prompts) -> None:
-        self._url, self._prompts = url, prompts
+        self.url, self._prompts = url, prompts
         text = prompts.warm_up
         measure_speed(url, text, text + prompts.suffix, answers=1)
 
     def measure(self) -> Speed:
         """One cold reading, and the median decode speed of three answers behind it."""
         # it waits for the request before to end
-        httpx.post(f"{self._url}/flush_cache?timeout=30", timeout=60).raise_for_status()
+        httpx.post(f"{self.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
         text = self._prompts.document.text
         prompt = text + self._prompts.suffix
-        return measure_speed(self._url, text, prompt, tokens=self._prompts.new)
+        return measure_speed(self.url, text, prompt, tokens=self._prompts.new)
 
 
 def run(
@@ -107,14 +107,14 @@ def run_rounds(
     ways: dict[str, tuple[str, ...]], prompts: Prompts, model: Path, folder: Path, rounds: int
 ) -> Samples:
     """Measurements by name of servers that are alive together."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_TUNING)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
     with ExitStack() as stack:
         contestants = {}
         for name, arguments in ways.items():
             common = (
                 *("--model-path", str(model)),
                 *("--context-length", str(prompts.context)),
-                *("--max-total-tokens", str(prompts.context + _SPARE)),
+                *("--max-total-tokens", str(prompts.context + SPARE)),
                 "--sleep-on-idle",
             )
             server = serve((*common, *arguments), folder / f"{name}.log", environment)

@@ -38,6 +38,7 @@ def numbers() -> str:
             attention_table(),
             *gpu_section(),
             *serve_section(),
+            *offload_section(),
             *fidelity_section(),
             "## The demo",
             demo_words(),
@@ -197,6 +198,34 @@ def serve_section() -> list[str]:
         "alone, nothing cached. *Keep-all* is our own code with nothing pruned, at the same "
         "context; the ratios are keep-all's time to ours. *SGLang* is the backend that it chooses.",
         table([*head, "decode", "torch_native", "SGLang", "where"], rows),
+    ]
+
+
+def offload_section() -> list[str]:
+    if not (found := runs("offload")):
+        return []
+    shares = ("float32.all", "bfloat16.all")
+    rows = [
+        [
+            f"{config['context']:,}, a {config['share']}th",
+            *(ratio(metrics[f"ratio.{name}_vs_resident"]) for name in ("decode", "ttft")),
+            f"{float(metrics['hit_ratio']['p50']):.0%}",
+            f"{float(metrics['bytes_per_token']['p50']) / 2**20:.2f} MiB",
+            f"{float(metrics['stall_per_step']['p50']):.1f} ms",
+            " and ".join(f"{float(metrics[f'device_bytes_share.{s}']['p50']):.1%}" for s in shares),
+            where(row),
+        ]
+        for config, row, metrics in found
+    ]
+    head = ["context, on the device", "decode", "first token", "chosen pages held", "fetched"]
+    return [
+        "## KV in host memory",
+        "`hip-sglang bench offload`: the built-in model on the real server, one request alone; the "
+        "ratios are the time with all KV resident to the time without. *Held* are, of the pages "
+        "that decode steps chose, those that the device had; *fetched* is a token's. *Kept* is "
+        "what a rank of Llama-3.1-8B's shape has on the device at 131,072 tokens, its cache for "
+        "1/32 of them, of all KV in float32 and in bfloat16: cache, summaries, tables, scratch.",
+        table([*head, "stall a step", "kept", "where"], rows),
     ]
 
 
