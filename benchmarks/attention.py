@@ -17,11 +17,7 @@ from itertools import product
 
 import psutil
 import torch
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Summaries
 from hip_kernels.ops import attend, plan_blocks, pool, summarize
 from hip_kernels.stored import PagedKV
 from torch import Tensor

@@ -19,8 +19,9 @@ from typing import Any
 import httpx
 import torch
 from hip_kernels.layout import PAGE_SIZE, Summaries
-from hip_kernels.offloaded import HostPages, OffloadedKV, PageCache
+from hip_kernels.offloaded import OffloadedKV
 from hip_kernels.ops import attend, plan_blocks
+from hip_kernels.page_cache import HostPages, PageCache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hip_sglang.config import HipConfig

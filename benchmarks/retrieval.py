@@ -14,9 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-)
+from hip_kernels.layout import PAGE_SIZE
 from hip_kernels.stored import PagedKV
 from torch import Tensor
 

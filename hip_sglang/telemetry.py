@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from hip_kernels.layout import Choice, QueryBlocks, Selection, SparsePlan
-from hip_kernels.offloaded import Counts
+from hip_kernels.page_cache import Counts
 from hip_kernels.steps import DecodeSteps
 from torch import Tensor
 

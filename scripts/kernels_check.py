@@ -22,7 +22,8 @@ from hip_kernels.layout import (
     SparsePlan,
     Summaries,
 )
-from hip_kernels.offloaded import HostPages, MissPolicy, OffloadedKV, PageCache
+from hip_kernels.offloaded import MissPolicy, OffloadedKV
+from hip_kernels.page_cache import HostPages, PageCache
 from hip_kernels.resolve.triton import write
 from hip_kernels.stored import PagedKV, StoredKV
 from hip_kernels.summarize.triton import pool, summarize

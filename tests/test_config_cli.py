@@ -7,10 +7,7 @@ import sys
 import jsonschema
 import pytest
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    Summaries,
-)
+from hip_kernels.layout import PAGE_SIZE, Summaries
 from hip_kernels.ops import attend, plan_blocks, summarize
 from hip_kernels.stored import PagedKV
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hip_kernels.layout import (
-    Summaries,
-)
+from hip_kernels.layout import Summaries
 from hip_kernels.ops import attend, plan_blocks, summarize
 from hip_kernels.stored import PagedKV
 from prometheus_client import REGISTRY

@@ -6,13 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    QueryBlocks,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, QueryBlocks, SparsePlan, Summaries
 from hip_kernels.stored import PagedKV
 from hip_kernels.summarize.triton import pool, summarize
 from torch import Tensor

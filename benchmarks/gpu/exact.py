@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-)
+from hip_kernels.layout import PAGE_SIZE
 from hip_kernels.stored import PagedKV
 from torch import Tensor
 

@@ -7,11 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-)
+from hip_kernels.layout import PAGE_SIZE, Choice, SparsePlan
 from hip_kernels.ops import attend, attend_steps, pool, summarize
 from hip_kernels.stored import PagedKV, StoredKV
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds

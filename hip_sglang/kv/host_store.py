@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import HostPages
+from hip_kernels.page_cache import HostPages
 
 
 def host_pages(

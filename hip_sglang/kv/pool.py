@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import Counts, MissPolicy, OffloadedKV, PageCache
+from hip_kernels.offloaded import MissPolicy, OffloadedKV
+from hip_kernels.page_cache import Counts, PageCache
 from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 from torch import Tensor
 

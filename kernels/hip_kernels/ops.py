@@ -8,13 +8,7 @@ from torch import Tensor
 
 from hip_kernels.attend import reference as attending
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import (
-    Choice,
-    QueryBlocks,
-    Selection,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import Choice, QueryBlocks, Selection, SparsePlan, Summaries
 from hip_kernels.steps import DecodeSteps
 from hip_kernels.stored import StoredKV
 

@@ -1,9 +1,7 @@
 """The record of what decode steps attended, written by the backend and read by the demo."""
 
 import torch
-from hip_kernels.layout import (
-    Summaries,
-)
+from hip_kernels.layout import Summaries
 from hip_kernels.ops import attend, plan_blocks, summarize
 from hip_kernels.stored import PagedKV
 

@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    SparsePlan,
-)
+from hip_kernels.layout import PAGE_SIZE, SparsePlan
 from hip_kernels.stored import PagedKV
 
 from hip_sglang.bench import load_bench

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, SparsePlan, Summaries
 from hip_kernels.ops import attend, plan_blocks, pool, summarize
 from hip_kernels.stored import PagedKV
 from torch import Tensor

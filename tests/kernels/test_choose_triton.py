@@ -8,12 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import PAGE_SIZE, Choice, SparsePlan, Summaries
 from hip_kernels.select import best
 from hip_kernels.select import choose as looking
 from hip_kernels.select import triton as weighing

@@ -10,12 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.attend import triton as module
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import PAGE_SIZE, Choice, SparsePlan, Summaries
 from hip_kernels.select.scores import Scores
 from hip_kernels.steps import NO_PAGE, DecodeSteps
 from hip_kernels.stored import PagedKV

@@ -11,7 +11,8 @@ import torch
 from hip_kernels.attend import fused, reference
 from hip_kernels.blocks import plan_blocks
 from hip_kernels.layout import PAGE_SIZE, SparsePlan, Summaries
-from hip_kernels.offloaded import Counts, HostPages, OffloadedKV, PageCache
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.page_cache import Counts, HostPages, PageCache
 from hip_kernels.stored import PagedKV
 from hip_kernels.summarize import triton as summarizing
 

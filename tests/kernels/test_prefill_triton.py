@@ -14,13 +14,7 @@ from hip_kernels.attend import fused, reference
 from hip_kernels.attend import prefill as attending
 from hip_kernels.attend import triton as sharing
 from hip_kernels.blocks import plan_blocks
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    QueryBlocks,
-    Selection,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, Selection, SparsePlan, Summaries
 from hip_kernels.select import best
 from hip_kernels.select import prefill as weighing
 from hip_kernels.select import prefill_enough as enough

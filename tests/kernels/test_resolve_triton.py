@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from hip_kernels.layout import PAGE_SIZE, SparsePlan
-from hip_kernels.offloaded import Counts, HostPages, OffloadedKV, PageCache
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.page_cache import Counts, HostPages, PageCache
 from hip_kernels.resolve import triton as module
 from hip_kernels.resolve.reference import resolve
 from hip_kernels.select.weigh import lookup

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    LocalPages,
-    Summaries,
-)
+from hip_kernels.layout import PAGE_SIZE, LocalPages, Summaries
 from hip_kernels.ops import summarize
 from hip_kernels.stored import PagedKV
 

@@ -8,11 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Summaries
 from hip_kernels.stored import PagedKV
 from hip_kernels.summarize import reference
 from hip_kernels.summarize import triton as module

@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import Counts, HostPages, OffloadedKV, PageCache
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.page_cache import Counts, HostPages, PageCache
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 

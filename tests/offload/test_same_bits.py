@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import Counts
+from hip_kernels.page_cache import Counts
 
 from tests.attention import served
 from tests.attention.served import Served

@@ -15,23 +15,13 @@ from torch import Tensor, float32, int64
 
 from hip_kernels.attend.triton import exact_page, more_keys
 from hip_kernels.checks import check
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    QueryBlocks,
-    SparsePlan,
-)
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan
 from hip_kernels.offloaded import OffloadedKV
 from hip_kernels.resolve.triton import bring
 from hip_kernels.rows import Rows, apart, row_of
 from hip_kernels.select.parts import Part
 from hip_kernels.select.prefill import check_blocks, check_weighed
-from hip_kernels.select.prefill_tiles import (
-    origin_of,
-    page_at,
-    page_logits,
-    rows_of_block,
-    tiling,
-)
+from hip_kernels.select.prefill_tiles import origin_of, page_at, page_logits, rows_of_block, tiling
 from hip_kernels.steps import NO_PAGE
 from hip_kernels.stored import StoredKV
 from hip_kernels.tiles import load_rows, log_add, soft_capped

@@ -13,13 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_choice, check_steps, check_summaries
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, SparsePlan, Summaries
 from hip_kernels.rows import Rows, row_of
 from hip_kernels.select.nodes import nodes_end, page_of
 from hip_kernels.select.scores import Columns, Scores

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.offloaded import Counts, HostPages, PageCache
+from hip_kernels.page_cache import Counts, HostPages, PageCache
 
 
 def resolve(host: HostPages, cache: PageCache, wanted: Tensor) -> None:

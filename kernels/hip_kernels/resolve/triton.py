@@ -14,7 +14,8 @@ from torch import Tensor
 from hip_kernels.attend.triton import exact_page
 from hip_kernels.checks import check
 from hip_kernels.layout import PAGE_SIZE, SparsePlan
-from hip_kernels.offloaded import Counts, OffloadedKV
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.page_cache import Counts
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, least_taken, store_taken
 
 # entries that one program looks at together

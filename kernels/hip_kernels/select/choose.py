@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_choice, check_steps
-from hip_kernels.layout import (
-    GUARDS,
-    NODE_PAGES,
-    PAGE_SIZE,
-    Choice,
-    SparsePlan,
-)
+from hip_kernels.layout import GUARDS, NODE_PAGES, PAGE_SIZE, Choice, SparsePlan
 from hip_kernels.offloaded import OffloadedKV
 from hip_kernels.rows import Rows
 from hip_kernels.select.best import KEYS_A_TILE, NO_KEY, key_of, least_taken, store_taken

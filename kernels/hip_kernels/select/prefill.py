@@ -15,13 +15,7 @@ from torch import Tensor, float32, int64
 from hip_kernels.checks import check
 from hip_kernels.layout import GUARDS, PAGE_SIZE, QueryBlocks, SparsePlan
 from hip_kernels.select.parts import Part
-from hip_kernels.select.prefill_tiles import (
-    origin_of,
-    page_at,
-    page_logits,
-    rows_of_block,
-    tiling,
-)
+from hip_kernels.select.prefill_tiles import origin_of, page_at, page_logits, rows_of_block, tiling
 from hip_kernels.tiles import load_rows, log_add
 
 

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    QueryBlocks,
-    SparsePlan,
-    soft_cap,
-)
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan, soft_cap
 from hip_kernels.select.weigh import LEAST, NEVER, Context, PageLogits, best_of_rows, lookup
 from hip_kernels.stored import StoredKV
 

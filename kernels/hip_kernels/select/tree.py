@@ -9,11 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import (
-    PAGE_SIZE,
-    QueryBlocks,
-    SparsePlan,
-)
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, SparsePlan
 from hip_kernels.select.weigh import NEVER, best_of_rows, lookup
 from hip_kernels.stored import StoredKV
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hip_kernels.layout import (
-    Summaries,
-)
+from hip_kernels.layout import Summaries
 from hip_kernels.stored import StoredKV
 
 

@@ -11,11 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_kernels.checks import check, check_summaries
-from hip_kernels.layout import (
-    NODE_PAGES,
-    PAGE_SIZE,
-    Summaries,
-)
+from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Summaries
 from hip_kernels.offloaded import OffloadedKV
 from hip_kernels.rows import Rows
 from hip_kernels.stored import StoredKV
