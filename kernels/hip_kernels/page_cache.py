@@ -101,6 +101,6 @@ class PageCache:
     def forget(self, pages: Tensor) -> None:
         """Pages [C] were freed: their slots are the first to be taken."""
         freed = self.slot.new_zeros(self.slot.shape[1] + 1, dtype=torch.bool)
-        freed.index_fill_(0, pages, True)
+        freed.index_fill_(0, pages.long(), True)
         # -1, a slot that holds nothing, leads to the last
         self.used.masked_fill_(freed[self.page.long()], -1)

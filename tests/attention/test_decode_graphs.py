@@ -10,7 +10,9 @@ import pytest
 import torch
 from hip_kernels import ops
 from hip_kernels.attend import fused
-from hip_kernels.layout import QueryBlocks, Selection
+from hip_kernels.layout import PAGE_SIZE, QueryBlocks, Selection
+from hip_kernels.offloaded import OffloadedKV
+from hip_kernels.resolve import triton as resolving
 from hip_kernels.summarize import triton as summarizing
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -32,7 +34,12 @@ HIP = {
 }
 
 
-MORE = [{}, {"refresh": 3, "second_look": 0, "dense_layers": [0]}]
+MORE: list[dict[str, Any]] = [
+    {},
+    {"refresh": 3, "second_look": 0, "dense_layers": [0]},
+    # four requests of five pages each
+    {"second_look": 0, "offload": {"host_gib": 1, "device_tokens": 20 * PAGE_SIZE}},
+]
 
 
 def run(plain: Served, graphs: Served, captured: Captured, limit: float) -> None:
@@ -80,6 +87,7 @@ def test_replays_are_what_each_batch_asks_for(
     interpreted(summarizing)
     graphs.backend.captures = True
     monkeypatch.setattr(ops, "_summaries", lambda of: summarizing)
+    monkeypatch.setattr(OffloadedKV, "write", resolving.write)
     captured = Captured(graphs, 4, monkeypatch)
     run(plain, graphs, captured, 1e-4)
 
