@@ -32,12 +32,14 @@ HIP: dict[str, Any] = {
 # one query reads six pages exactly, and two requests run; 4 KiB a token
 DEVICE = 2 * 6 * 64
 OFFLOAD = {"host_gib": 0.0625, "device_tokens": DEVICE}
+CAPACITY = 16320
 LONG = 16 * DEVICE
 LENGTHS = (200, 1345, 2048, 2500)
 
 
 def resident() -> tuple[str, ...]:
-    return "--hip-config", json.dumps(HIP)
+    # the same capacity, so that the same pages are given out and taken back
+    return "--hip-config", json.dumps(HIP), "--max-total-tokens", str(CAPACITY)
 
 
 def offloaded(**more: Any) -> tuple[str, ...]:
@@ -112,7 +114,8 @@ def test_what_moved_is_counted(serve: Serve, expected: dict[str, list[float]]) -
     assert moved["estimated_pages_total"] == 0
     assert counted(server)["device_used_share"] == 1
     assert (
-        "logical 16,320 tokens = 64.0 MiB host; device cache 768 tokens" in server.log.read_text()
+        f"logical {CAPACITY:,} tokens = 64.0 MiB host; device cache 768 tokens"
+        in server.log.read_text()
     )
 
 
