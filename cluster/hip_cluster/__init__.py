@@ -1,1 +1,1 @@
-"""Many machines: tensor-parallel workers on Ray, replicas behind a router."""
+"""Many machines: tensor-parallel workers on Ray, replicas behind a router, jobs."""
