@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from hip_cluster.arguments import server_arguments
 from hip_cluster.environment import adopt, carried
 from hip_cluster.link import Link, Member, Progress
+from hip_cluster.ports import free_port, require_free
 from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
 
@@ -37,7 +38,7 @@ class Group:
     member: Member  # the engine's own
     supervisor: tuple[str, int]
     environment: dict[str, str]
-    host: str  # where the HTTP server listens
+    host: str | None  # where the HTTP server listens; None: its machine's address
     port: int  # 0: any
 
 
@@ -70,11 +71,14 @@ class EngineActor:
         """Load the model, then answer requests until the process ends."""
         group = self._group
         with _problems_told(self._link, group.member.name):
-            port = group.port or free_port(group.host)
             require_model(group.spec.model.path)
-            server_args = make_server_args(group.spec, group.host, port, self._link.welcome)
+            host = group.host or node_address()
+            if group.port:
+                require_free(host, group.port, "server.port")
+            port = group.port or free_port(host)
+            server_args = make_server_args(group.spec, host, port, self._link.welcome)
             engine = make_engine_class(group, self._placement_group)
-            url = f"http://{_reachable(group.host)}:{port}"
+            url = f"http://{_reachable(host)}:{port}"
             launch_server(server_args, engine, lambda: self._link.send(kind="ready", url=url))
 
 
@@ -270,24 +274,22 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def _reachable(host: str) -> str:
     return node_address() if host in ("0.0.0.0", "::") else host
 
 
 @contextmanager
 def _problems_told(link: Link, name: str) -> Iterator[None]:
-    """Tell the supervisor in one line what ends this process, and let it end."""
+    """Tell the supervisor in one line what ends this process, and let it end.
+
+    What is wrong with the document or with a machine's files is final: another attempt would end
+    the same way.
+    """
     try:
         yield
     except BaseException as error:
-        link.send(kind="failed", problem=f"{name}: {one_line(error)}")
+        final = isinstance(error, ValueError | FileNotFoundError | SystemExit)
+        link.send(kind="failed", problem=f"{name}: {one_line(error)}", final=final)
         raise
 
 

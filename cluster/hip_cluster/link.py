@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -100,9 +101,11 @@ class Link:
 
     def _watch(self) -> None:
         try:
-            while self._reader.readline():
-                pass
-        except OSError:
+            while line := self._reader.readline():
+                if json.loads(line)["kind"] == "drain":
+                    # SGLang's own way to end: unhealthy at once, gone when its requests are
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except (OSError, ValueError):
             pass
         print(
             "hip-cluster: the supervisor is gone, or ended this attempt; ending",

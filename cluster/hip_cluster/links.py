@@ -77,6 +77,12 @@ class LinkServer:
             if writer.can_write_eof():
                 writer.write_eof()
 
+    def tell(self, replica: int, attempt: int, message: Mapping[str, Any]) -> None:
+        """Say something to the engine of one attempt."""
+        for member in self.members(replica, attempt):
+            if member.role == "engine":
+                self._writers[member].write(json.dumps(message).encode() + b"\n")
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         member = await self._greet(reader, writer)
         if member is None:
