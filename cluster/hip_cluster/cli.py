@@ -22,6 +22,11 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Option("--file", "-f", help="The endpoint's document, YAML.")]
+Name = Annotated[str, typer.Argument(help="The endpoint's name.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Its supervisor, where that is not on this machine; $HIP_SGLANG_TOKEN."),
+]
 
 
 def main() -> None:
@@ -82,6 +87,89 @@ def explain(
     spec = load(file)
     with one_line_errors():
         print(json.dumps(facts(spec), indent=2) if as_json else "\n".join(sentences(spec)))
+
+
+@app.command()
+def up(
+    file: File,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray's address; default: $RAY_ADDRESS, or Ray is started here."),
+    ] = None,
+) -> None:
+    """Start an endpoint and show how it is, until Ctrl-C or `hip-cluster down`."""
+    from hip_cluster.up import run_endpoint
+
+    spec = load(file)
+    with one_line_errors():
+        raise typer.Exit(run_endpoint(spec, file, address))
+
+
+@app.command()
+def status(
+    name: Name,
+    url: Url = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show an endpoint's replicas and ranks."""
+    from hip_cluster.client import ask
+    from hip_cluster.view import show
+
+    with one_line_errors():
+        answer = ask(name, "GET", "/status", url)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show(answer)
+
+
+@app.command()
+def logs(
+    name: Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    router: Annotated[bool, typer.Option("--router", help="The router's instead.")] = False,
+) -> None:
+    """Print what the supervisor and its ranks wrote."""
+    from hip_cluster.client import print_log
+
+    with one_line_errors():
+        print_log(name, "router.log" if router else "supervisor.log", follow)
+
+
+@app.command()
+def scale(
+    name: Name,
+    replicas: Annotated[int, typer.Argument(min=1, max=1024, help="How many from now on.")],
+    url: Url = None,
+) -> None:
+    """Change how many replicas there are, without losing a request."""
+    _command(name, "/scale", url, {"replicas": replicas})
+
+
+@app.command()
+def restart(name: Name, url: Url = None) -> None:
+    """Replace one replica after another."""
+    _command(name, "/restart", url)
+
+
+@app.command()
+def drain(name: Name, url: Url = None) -> None:
+    """Take no new requests, let those that run end, then end the endpoint."""
+    _command(name, "/drain", url)
+
+
+@app.command()
+def down(name: Name, url: Url = None) -> None:
+    """End an endpoint at once."""
+    _command(name, "/down", url)
+
+
+def _command(name: str, path: str, url: str | None, body: dict[str, int] | None = None) -> None:
+    from hip_cluster.client import ask
+    from hip_cluster.view import show
+
+    with one_line_errors():
+        show(ask(name, "POST", path, url, body or {}))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken_at: dict[int, float] = {}
         self._link_address = ("", 0)
+        self._stopping = False
 
     async def start(self) -> None:
         """Listen for ranks, and begin. Raises OSError where the port is taken."""
@@ -113,6 +114,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End everything at once, and wait until it is gone."""
+        self._stopping = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(self._end(i, self.replicas[i].attempt) for i in list(self.replicas)))
@@ -210,6 +212,8 @@ class Fleet:
     # what is to be done
 
     def _tell(self, index: int, event: Event) -> None:
+        if self._stopping:
+            return
         before = self.replicas[index]
         after, actions = step(before, event, time.monotonic(), self.policy)
         self.replicas[index] = after

@@ -1,0 +1,183 @@
+"""One endpoint over two Ray nodes, TP=2, as a user has it: one boot for all of these."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+from hip_cluster.ports import free_port
+
+from tests.cluster.conftest import KEY, document, environment, launch
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+PROMPT = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(900)]
+
+
+@pytest.fixture(scope="module")
+def endpoint(two_nodes, tiny_llama, tmp_path_factory):
+    content = document(tiny_llama, parallel={"tp": 2, "nodes": 2}, router={"mode": "managed"})
+    running = launch(content, tmp_path_factory.mktemp("endpoint"), "--address", two_nodes)
+    running.wait_for("SERVING")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_llama, tmp_path_factory, endpoint):
+    """SGLang's own server with the same settings, and no Ray."""
+    log, port = tmp_path_factory.mktemp("plain") / "log.txt", free_port("127.0.0.1")
+    config = '{"dense_threshold": 256, "window": 64, "budget": 128}'
+    line = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(tiny_llama)]
+    line += ["--attention-backend", "hip_attention", "--hip-config", config, "--enable-metrics"]
+    line += ["--max-total-tokens", "32768", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=10).status_code == 200:
+                break
+        except httpx.TransportError:
+            time.sleep(0.5)
+    assert process.poll() is None, log.read_text()[-3000:]
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_nodes_give_the_tokens_of_one_process(endpoint, one_process):
+    sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling}
+    for _ in range(2):
+        answer = httpx.post(f"{one_process}/generate", json=body, timeout=120).json()
+    expected = answer["output_ids"]
+    assert endpoint.generate(PROMPT, 24) == expected
+    # and once more, from the prefix cache
+    assert endpoint.generate(PROMPT, 24) == expected
+    metrics = httpx.get(f"{one_process}/metrics", timeout=60).text
+    server = endpoint.status()["replicas"][0]["url"]
+    with endpoint.client as client:
+        ours = client.get(f"{server}/metrics").text
+    # what the router asks of it counts, too
+    assert names(metrics) <= names(ours)
+    assert sparse_steps(ours) > 0
+
+
+def names(scrape):
+    found = set(re.findall(r"^# TYPE (\S+)", scrape, re.MULTILINE))
+    assert {name for name in found if name.startswith("hip_sglang_")}
+    return found
+
+
+def sparse_steps(scrape):
+    (count,) = re.findall(
+        r'^hip_sglang_query_blocks_total\{kind="sparse",phase="decode"\} (\S+)', scrape, re.M
+    )
+    return float(count)
+
+
+def test_the_ranks_stand_on_two_nodes(endpoint):
+    ranks = endpoint.status()["replicas"][0]["ranks"]
+    assert [rank["name"] for rank in ranks] == ["engine", "rank 0", "rank 1"]
+    parents = {psutil.Process(rank["pid"]).ppid() for rank in ranks if rank["name"] != "engine"}
+    assert len(parents) == 2
+
+
+def test_without_the_key_nobody_gets_in_by_any_door(endpoint):
+    server = endpoint.status()["replicas"][0]["url"]
+    for url in (endpoint.url, server):
+        answer = httpx.post(f"{url}/generate", json={"text": "x"}, timeout=30)
+        assert answer.status_code == 401
+
+
+def test_the_key_is_in_no_log_and_on_no_command_line(endpoint):
+    lines = [
+        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    ]
+    assert not [line for line in lines if KEY in line]
+    logs = [endpoint.log, *endpoint.home.rglob("*.log")]
+    assert not [log for log in logs if KEY in log.read_text()]
+
+
+def test_commands_that_change_something_want_the_token(endpoint):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from hip_cluster.state import read_door; print(read_door('test').url)",
+        ],
+        env=endpoint.environment,
+        capture_output=True,
+        text=True,
+    )
+    url = done.stdout.strip()
+    assert httpx.post(f"{url}/down", timeout=30).status_code == 401
+    assert "hip_cluster_replicas" in httpx.get(f"{url}/metrics", timeout=30).text
+    assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
+
+
+def test_a_second_endpoint_on_its_port_is_refused_in_one_line(endpoint, tiny_llama, tmp_path):
+    content = document(tiny_llama, name="second", router={"mode": "managed"})
+    content["server"]["port"] = int(endpoint.url.rsplit(":", 1)[1])
+    second = launch(content, tmp_path, "--address", "unused")
+    assert second.process.wait(60) == 2
+    (line,) = second.log.read_text().splitlines()
+    assert "is in use on 127.0.0.1" in line
+
+
+def test_a_wrong_token_is_refused_in_one_line(two_nodes, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "fedcba9876543210" * 4)
+    other = launch(document(tiny_llama, name="other"), tmp_path, "--address", two_nodes)
+    assert other.process.wait(120) == 2
+    said = [line for line in other.log.read_text().splitlines() if line.startswith("hip-cluster:")]
+    assert len(said) == 1
+    assert "refused the token" in said[0]
+
+
+def test_a_dead_rank_turns_clients_away_at_once_and_comes_back(endpoint):
+    victim = endpoint.pid_of("rank 1")
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with endpoint.client as client:
+            answer = client.post("/generate", json={"text": "x"})
+        if answer.status_code == 503:
+            break
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    (replica,) = endpoint.status()["replicas"]
+    assert replica["error"] == "rank 1 died"
+    assert replica["attempt"] == 2
+
+
+def test_the_end_leaves_nothing_behind(endpoint, two_nodes):
+    pids = [one["pid"] for one in endpoint.status()["replicas"][0]["ranks"]]
+    assert endpoint.command("down", "test").returncode == 0
+    assert endpoint.process.wait(60) == 0
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    with pytest.raises(httpx.TransportError):
+        httpx.get(endpoint.url, timeout=5)
+    script = (
+        "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR');"
+        "from ray.util import placement_group_table as table;"
+        "left = [g['state'] for g in table().values() if g['state'] != 'REMOVED'];"
+        "print(left, ray.available_resources().get('CPU'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, two_nodes],
+        capture_output=True,
+        text=True,
+        env=environment(endpoint.home),
+    )
+    assert done.stdout.split("\n")[-2] == "[] 2.0"
