@@ -164,6 +164,22 @@ def down(name: Name, url: Url = None) -> None:
     _command(name, "/down", url)
 
 
+@app.command()
+def submit(
+    file: File,
+    address: Annotated[
+        str, typer.Option(help="Ray's job server, such as http://head:8265.")
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+) -> None:
+    """Run an endpoint as a job of a Ray cluster; the same document runs once."""
+    from hip_cluster.submit import submit_endpoint
+
+    spec = load(file)
+    with one_line_errors():
+        raise typer.Exit(submit_endpoint(spec, file, address, wait))
+
+
 def _command(name: str, path: str, url: str | None, body: dict[str, int] | None = None) -> None:
     from hip_cluster.client import ask
     from hip_cluster.view import show

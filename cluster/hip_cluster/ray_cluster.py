@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,4 +202,18 @@ def _connection_problem(address: str | None, error: Exception) -> str:
             f"Ray at {address or 'its address'} refused the token: {text}; set RAY_AUTH_TOKEN_PATH "
             "to the file that holds the cluster's"
         )
+    if address is not None and _listens(address):
+        return (
+            f"Ray at {address} refused the token, or is no Ray that we know: {text}; set "
+            "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's"
+        )
     return f"cannot reach Ray at {address or 'auto'}: {text}"
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return True
+    except (OSError, ValueError):
+        return False

@@ -12,9 +12,11 @@ import time
 import httpx
 import psutil
 import pytest
+from hip_cluster.local import generate, local_endpoint
 from hip_cluster.ports import free_port
+from hip_cluster.state import home, read_door
 
-from tests.cluster.conftest import KEY, document, environment, launch
+from tests.cluster.conftest import KEY, client, document, hip_cluster, said
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 PROMPT = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(900)]
@@ -23,10 +25,10 @@ PROMPT = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(900)]
 @pytest.fixture(scope="module")
 def endpoint(two_nodes, tiny_llama, tmp_path_factory):
     content = document(tiny_llama, parallel={"tp": 2, "nodes": 2}, router={"mode": "managed"})
-    running = launch(content, tmp_path_factory.mktemp("endpoint"), "--address", two_nodes)
-    running.wait_for("SERVING")
-    yield running
-    running.stop()
+    folder = tmp_path_factory.mktemp("endpoint")
+    with local_endpoint(content, folder, "--address", two_nodes.address) as running:
+        running.wait_for("SERVING")
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,13 @@ def test_two_nodes_give_the_tokens_of_one_process(endpoint, one_process):
     for _ in range(2):
         answer = httpx.post(f"{one_process}/generate", json=body, timeout=120).json()
     expected = answer["output_ids"]
-    assert endpoint.generate(PROMPT, 24) == expected
+    assert generate(endpoint.url, PROMPT, 24, KEY) == expected
     # and once more, from the prefix cache
-    assert endpoint.generate(PROMPT, 24) == expected
+    assert generate(endpoint.url, PROMPT, 24, KEY) == expected
     metrics = httpx.get(f"{one_process}/metrics", timeout=60).text
     server = endpoint.status()["replicas"][0]["url"]
-    with endpoint.client as client:
-        ours = client.get(f"{server}/metrics").text
+    with client(endpoint) as http:
+        ours = http.get(f"{server}/metrics").text
     # what the router asks of it counts, too
     assert names(metrics) <= names(ours)
     assert sparse_steps(ours) > 0
@@ -105,22 +107,12 @@ def test_the_key_is_in_no_log_and_on_no_command_line(endpoint):
         " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
     ]
     assert not [line for line in lines if KEY in line]
-    logs = [endpoint.log, *endpoint.home.rglob("*.log")]
+    logs = [endpoint.log, *home().rglob("*.log")]
     assert not [log for log in logs if KEY in log.read_text()]
 
 
 def test_commands_that_change_something_want_the_token(endpoint):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from hip_cluster.state import read_door; print(read_door('test').url)",
-        ],
-        env=endpoint.environment,
-        capture_output=True,
-        text=True,
-    )
-    url = done.stdout.strip()
+    url = read_door("test").url
     assert httpx.post(f"{url}/down", timeout=30).status_code == 401
     assert "hip_cluster_replicas" in httpx.get(f"{url}/metrics", timeout=30).text
     assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
@@ -128,21 +120,21 @@ def test_commands_that_change_something_want_the_token(endpoint):
 
 def test_a_second_endpoint_on_its_port_is_refused_in_one_line(endpoint, tiny_llama, tmp_path):
     content = document(tiny_llama, name="second", router={"mode": "managed"})
-    content["server"]["port"] = int(endpoint.url.rsplit(":", 1)[1])
-    second = launch(content, tmp_path, "--address", "unused")
-    assert second.process.wait(60) == 2
-    (line,) = second.log.read_text().splitlines()
+    content["server"]["port"] = endpoint.spec.server.port
+    with local_endpoint(content, tmp_path, "--address", "unused") as second:
+        assert second.process.wait(120) == 2
+        (line,) = second.log.read_text().splitlines()
     assert "is in use on 127.0.0.1" in line
 
 
 def test_a_wrong_token_is_refused_in_one_line(two_nodes, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "fedcba9876543210" * 4)
-    other = launch(document(tiny_llama, name="other"), tmp_path, "--address", two_nodes)
-    assert other.process.wait(120) == 2
-    said = [line for line in other.log.read_text().splitlines() if line.startswith("hip-cluster:")]
-    assert len(said) == 1
-    assert "refused the token" in said[0]
+    content = document(tiny_llama, name="other")
+    with local_endpoint(content, tmp_path, "--address", two_nodes.address) as other:
+        assert other.process.wait(300) == 2
+        (line,) = said(other)
+    assert "refused the token" in line
 
 
 def test_a_dead_rank_turns_clients_away_at_once_and_comes_back(endpoint):
@@ -150,8 +142,8 @@ def test_a_dead_rank_turns_clients_away_at_once_and_comes_back(endpoint):
     os.kill(victim, signal.SIGKILL)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        with endpoint.client as client:
-            answer = client.post("/generate", json={"text": "x"})
+        with client(endpoint) as http:
+            answer = http.post("/generate", json={"text": "x"})
         if answer.status_code == 503:
             break
     assert answer.status_code == 503
@@ -163,7 +155,7 @@ def test_a_dead_rank_turns_clients_away_at_once_and_comes_back(endpoint):
 
 def test_the_end_leaves_nothing_behind(endpoint, two_nodes):
     pids = [one["pid"] for one in endpoint.status()["replicas"][0]["ranks"]]
-    assert endpoint.command("down", "test").returncode == 0
+    assert hip_cluster("down", "test").returncode == 0
     assert endpoint.process.wait(60) == 0
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     with pytest.raises(httpx.TransportError):
@@ -174,10 +166,6 @@ def test_the_end_leaves_nothing_behind(endpoint, two_nodes):
         "left = [g['state'] for g in table().values() if g['state'] != 'REMOVED'];"
         "print(left, ray.available_resources().get('CPU'))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, two_nodes],
-        capture_output=True,
-        text=True,
-        env=environment(endpoint.home),
-    )
-    assert done.stdout.split("\n")[-2] == "[] 2.0"
+    line = [sys.executable, "-c", script, two_nodes.address]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[] 2.0"
