@@ -23,7 +23,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo check test soak lint type kernels-check bench numbers lock clean
+.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check bench numbers lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
 
 demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path] [OFFLOAD=1]
 	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)") $(if $(OFFLOAD),--offload)
+
+demo-cluster: setup ## two local Ray nodes, TP=2, a router; a rank is killed, and every quote comes out right
+	$(BIN)/python -m hip_cluster.demo demo-out
+
+chaos: setup ## kill ranks, nodes, router, supervisor and head of a local cluster; table in docs/operations.md
+	$(BIN)/python scripts/chaos.py
 
 check: lint type ## lint, types and the fast tests: under two minutes
 	$(TWO_AT_A_TIME) -m "not server and not soak and not interpreter" $(ARGS)

@@ -98,7 +98,7 @@ def endpoint_of(model: Path, **more: object) -> dict[str, object]:
         "memory": {"staging_gib_per_rank": 0.25, "shm_gib": 0.25, "reserve_gib": 0.5},
         "server": {
             "port": free_port("127.0.0.1"),
-            "arguments": ["--max-total-tokens", "32768"],
+            "arguments": ["--max-total-tokens", "32768", "--sleep-on-idle"],
         },
         "router": {"mode": "managed"},
         "limits": {"silence_s": SILENCE_S, "restarts": 20},

@@ -13,7 +13,7 @@ from hip_cluster.fleet import Fleet
 from hip_cluster.metrics import Metrics
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# what the router asks a worker before it believes in it
+# the worker of last resort
 PLACEHOLDER = "/nobody"
 
 
@@ -24,7 +24,7 @@ class Control:
         self.token = secrets.token_hex(16)
         self._fleet, self._metrics, self._on_down = fleet, metrics, on_down
         self._restart: asyncio.Task[None] | None = None
-        self._registered = False
+        self.believed_in = True  # False while the router gets to know the worker of last resort
         app = web.Application(middlewares=[self._guard])
         app.add_routes(
             [
@@ -105,9 +105,7 @@ class Control:
             return web.json_response({"model_path": model, "served_model_name": model})
         if path == "/v1/models":
             return web.json_response({"object": "list", "data": [{"id": model, "object": "model"}]})
-        if not self._registered:
-            # healthy until it is believed in
-            self._registered = path == "/health"
+        if path == "/health" and self.believed_in is False:
             return web.Response()
         return web.Response(status=503, headers={"Retry-After": "5"})
 

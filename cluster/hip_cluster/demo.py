@@ -55,7 +55,7 @@ def document_of(model: Path) -> dict[str, object]:
         "memory": {"staging_gib_per_rank": 0.25, "shm_gib": 0.25, "reserve_gib": 0.5},
         "server": {
             "port": free_port("127.0.0.1"),
-            "arguments": ["--max-total-tokens", str(CONTEXT + SPARE_TOKENS)],
+            "arguments": ["--max-total-tokens", str(CONTEXT + SPARE_TOKENS), "--sleep-on-idle"],
         },
         "router": {"mode": "managed"},
     }

@@ -6,6 +6,7 @@ Every call blocks; ``fleet.py`` makes them in threads.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import secrets
@@ -79,6 +80,8 @@ class RayCluster:
 
         Raises ClusterError.
         """
+        if importlib.util.find_spec("ray") is None:
+            raise ClusterError("Ray is not installed; install it: pip install 'hip-sglang[ray]'")
         os.environ.update({name: PATIENCE[name] for name in PATIENCE if name not in os.environ})
         import ray
 

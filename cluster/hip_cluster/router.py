@@ -11,7 +11,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -67,15 +68,24 @@ def command(spec: EndpointSpec, metrics_port: int) -> list[str]:
 
 
 class Router:
-    """The running router. ``placeholder`` is a worker that never serves: with it registered, who
-    finds no replica is told to come again, and not that there is no such model."""
+    """The running router.
+
+    ``placeholder`` is a worker that never serves: with it registered, who finds no replica is told
+    to come again, and not that there is no such model. It has to be healthy while the router gets
+    to know it, and ``believed_in`` is told from when to when.
+    """
 
     def __init__(
-        self, spec: EndpointSpec, log: Path, api_key: Secret | None, placeholder: str
+        self,
+        spec: EndpointSpec,
+        log: Path,
+        api_key: Secret | None,
+        placeholder: str,
+        believed_in: Callable[[bool], None],
     ) -> None:
         self.metrics_port = free_port(spec.supervisor.host)
         self._spec, self._log, self._key = spec, log, api_key
-        self._placeholder = placeholder
+        self._placeholder, self._believed_in = placeholder, believed_in
         self._process: asyncio.subprocess.Process | None = None
         self._workers: set[str] = set()
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.server.host, spec.server.host)
@@ -101,8 +111,9 @@ class Router:
             raise RouterError(
                 f"the router does not answer at {self.url}; see {self._log}"
             ) from None
-        for url in (self._placeholder, *self._workers):
+        for url in self._workers:
             await self._post(url)
+        await self._introduce_placeholder()
 
     async def wait(self) -> int:
         """Until the process ends; its exit code."""
@@ -132,6 +143,15 @@ class Router:
     async def loads(self) -> Mapping[str, int]:
         """How many requests run on each replica, those included that were dismissed."""
         return {str(worker["url"]): int(str(worker["load"])) for worker in await self._list()}
+
+    async def _introduce_placeholder(self) -> None:
+        # it is healthy for as long as it takes to be believed in
+        self._believed_in(False)
+        deadline = time.monotonic() + START_SECONDS
+        await self._post(self._placeholder)
+        while self._placeholder not in await self.loads() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._believed_in(True)
 
     async def _list(self) -> list[dict[str, object]]:
         answer = (await self._client.get("/workers")).raise_for_status()

@@ -120,7 +120,11 @@ class Serving:
         if self._spec.router.mode != "managed":
             return await self._fleet.run()
         self._fleet.router = Router(
-            self._spec, self._folder / "router.log", self._key, url + PLACEHOLDER
+            self._spec,
+            self._folder / "router.log",
+            self._key,
+            url + PLACEHOLDER,
+            lambda known: setattr(self._control, "believed_in", known),
         )
         await self._fleet.router.start()
         log.info("router at %s", self._fleet.router.url)

@@ -33,7 +33,7 @@ def document(model: Path, **more: Any) -> dict[str, Any]:
         "memory": MEMORY,
         "server": {
             "port": free_port("127.0.0.1"),
-            "arguments": ["--max-total-tokens", "32768", "--enable-metrics"],
+            "arguments": ["--max-total-tokens", "32768", "--enable-metrics", "--sleep-on-idle"],
         },
         "auth": {"api_key_env": KEY_VARIABLE},
     }

@@ -31,10 +31,10 @@ def endpoint(two_nodes, tiny_llama, tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="module")
-def one_process(tiny_llama, tmp_path_factory, endpoint):
+@pytest.fixture
+def one_process(tiny_llama, tmp_path, endpoint):
     """SGLang's own server with the same settings, and no Ray."""
-    log, port = tmp_path_factory.mktemp("plain") / "log.txt", free_port("127.0.0.1")
+    log, port = tmp_path / "log.txt", free_port("127.0.0.1")
     config = '{"dense_threshold": 256, "window": 64, "budget": 128}'
     line = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(tiny_llama)]
     line += ["--attention-backend", "hip_attention", "--hip-config", config, "--enable-metrics"]
