@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from hip_cluster.ports import free_port, require_free
 from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
 
+# Ray would hide every GPU from the HTTP server's process, which has none, and SGLang asks there
+# what kind of GPU the ranks have
+ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 # a log line is enough for the person; the traceback is in the actor's log
 PROBLEM_CHARACTERS = 500
 
@@ -48,6 +52,7 @@ def start_engine(group: Group, placement_group: PlacementGroup, name: str) -> An
         name=name,
         num_cpus=0,
         max_restarts=0,
+        runtime_env=ALL_GPUS if group.spec.parallel.device == "cuda" else None,
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement_group, placement_group_bundle_index=0
         ),
@@ -185,6 +190,7 @@ def _start_rank(
         num_cpus=0,
         num_gpus=1 if parallel.device == "cuda" else 0,
         max_restarts=0,
+        runtime_env=ALL_GPUS if parallel.device == "cuda" else None,
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement_group, placement_group_bundle_index=bundle
         ),
@@ -215,12 +221,19 @@ def make_scheduler(
     require_model(server_args.model_path)
     declare_resolution(server_args, "hip_cluster", dist_init_addr=dist_init_addr)
     assigned = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    gpu_id = int(assigned[0]) if assigned else gpu_id
+    if assigned:
+        gpu_id = device_index(assigned[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
     world_rank = spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
     ranks = SpawnRanks(world_rank=world_rank, dp_rank=resolve_spawn_dp_rank(None), gpu_id=gpu_id)
     publish(server_args, role="scheduler", ranks=ranks)
     configure_scheduler_process(server_args, gpu_id)
     return Scheduler(server_args=server_args, port_args=port_args)
+
+
+def device_index(assigned: str, visible: str | None) -> int:
+    """Which of the devices that this process sees is the one that Ray gave it."""
+    seen = visible.split(",") if visible else []
+    return seen.index(assigned) if assigned in seen else int(assigned)
 
 
 def progress_of(scheduler: Any) -> Progress:
@@ -249,6 +262,7 @@ def launch_server(server_args: Any, engine: Any, on_ready: Callable[[], None]) -
         run_detokenizer_process_func=run_detokenizer_process,
     )
     tokenizer_manager, template_manager, port_args, schedulers, watchdog, _ = parts
+    carry_request_ids(tokenizer_manager)
     http_server._setup_and_run_http_server(
         server_args,
         tokenizer_manager,
@@ -258,6 +272,22 @@ def launch_server(server_args: Any, engine: Any, on_ready: Callable[[], None]) -
         watchdog,
         launch_callback=on_ready,
     )
+
+
+def carry_request_ids(tokenizer_manager: Any) -> None:
+    """Let SGLang call a request by the router's id for it, in its log and in ``meta_info``.
+
+    With an ending of our own: two requests of one id would be taken for one another.
+    """
+    generate = tokenizer_manager.generate_request
+
+    def generate_request(obj: Any, request: Any = None) -> Any:
+        given = request.headers.get("x-request-id") if request is not None else None
+        if given and obj.rid is None:
+            obj.rid = f"{given}.{uuid.uuid4().hex[:8]}"
+        return generate(obj, request)
+
+    tokenizer_manager.generate_request = generate_request
 
 
 def require_model(path: str) -> None:

@@ -114,7 +114,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End everything at once, and wait until it is gone."""
-        self._stopping = True
+        self._stopping = self._cluster.closing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(self._end(i, self.replicas[i].attempt) for i in list(self.replicas)))

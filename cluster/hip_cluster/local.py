@@ -23,6 +23,7 @@ import yaml
 
 from hip_cluster import state
 from hip_cluster.client import ask
+from hip_cluster.ports import free_port
 from hip_cluster.ray_cluster import PATIENCE
 from hip_cluster.spec import EndpointSpec
 
@@ -37,7 +38,7 @@ class LocalNodes:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self.address = self._answer()
+        self.address, self.dashboard = self._answer().split()
 
     def kill_last(self) -> None:
         """A machine loses its power."""
@@ -68,15 +69,20 @@ class LocalNodes:
 
 
 @contextmanager
-def local_nodes(cpus: tuple[int, ...], folder: Path) -> Iterator[LocalNodes]:
-    """Nodes with so many (logical) processors each, behind a token; gone afterwards."""
+def local_nodes(
+    cpus: tuple[int, ...], folder: Path, dashboard: bool = False
+) -> Iterator[LocalNodes]:
+    """Nodes with so many (logical) processors each, behind a token; gone afterwards.
+
+    The dashboard is also the server that takes jobs.
+    """
     token = folder / "ray_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **PATIENCE}
     os.environ.update(settings)
     process = subprocess.Popen(
-        [sys.executable, "-m", "hip_cluster.local", *map(str, cpus)],
+        [sys.executable, "-m", "hip_cluster.local", str(int(dashboard)), *map(str, cpus)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -195,18 +201,18 @@ def end_tree(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def main(cpus: list[str]) -> None:
+def main(dashboard: bool, cpus: list[str]) -> None:
     """The nodes' process: takes ``kill`` and ``add`` from standard input, until that is closed."""
     from ray.cluster_utils import Cluster
 
     def node(count: str) -> dict[str, Any]:
         return {"num_cpus": int(count), "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node(cpus[0]), "include_dashboard": False}
-    )
+    jobs = {"include_dashboard": dashboard, "dashboard_port": free_port("127.0.0.1")}
+    cluster = Cluster(initialize_head=True, head_node_args={**node(cpus[0]), **jobs})
     others = [cluster.add_node(**node(count)) for count in cpus[1:]]
-    print("local-nodes:", cluster.address, flush=True)
+    url = f"http://127.0.0.1:{jobs['dashboard_port']}"
+    print("local-nodes:", cluster.address, url, flush=True)
     for line in sys.stdin:
         if line.strip() == "kill":
             cluster.remove_node(others.pop(), allow_graceful=False)
@@ -217,4 +223,4 @@ def main(cpus: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1] == "1", sys.argv[2:])

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from hip_cluster.spec import EndpointSpec
 
 NAMESPACE = "hip-cluster"
 HEAD_PAUSE_SECONDS = 0.2
+WAIT_SECONDS = 1.0
 # a machine that is busy, or loads a model, is not dead: our own wires say sooner who is
 PATIENCE = {
     "RAY_health_check_initial_delay_ms": "30000",
@@ -86,6 +88,7 @@ class RayCluster:
         import ray
 
         self.own = own is not None
+        self.closing = False  # set: nobody waits for machines any more
         try:
             ray.init(
                 address=None if self.own else address or "auto",
@@ -126,9 +129,11 @@ class RayCluster:
         from ray.util.placement_group import placement_group
 
         group = placement_group(list(asked.bundles), strategy=asked.strategy, name=name)
+        deadline = time.monotonic() + seconds
         try:
-            if group.wait(seconds):
-                return group
+            while time.monotonic() < deadline and not self.closing:
+                if group.wait(WAIT_SECONDS):
+                    return group
         except ray.exceptions.RayError as error:
             raise ClusterError(f"Ray could not place it: {error}") from None
         self.give_back(group)

@@ -35,7 +35,8 @@ ARGUMENTS = (
     *("--worker-startup-check-interval", "1"),
     # a document of a million tokens is kept to be sent once more, too
     *("--max-buffered-request-bytes", str(64 << 20)),
-    *("--log-level", "warn"),
+    # a line a request, with its id
+    *("--log-level", "info", "--log-json"),
 )
 
 

@@ -118,6 +118,18 @@ def test_commands_that_change_something_want_the_token(endpoint):
     assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
 
 
+def test_a_request_has_one_name_in_the_router_and_in_the_server(endpoint):
+    with client(endpoint) as http:
+        answer = http.post(
+            "/generate",
+            json={"text": "x", "sampling_params": {"max_new_tokens": 1}},
+            headers={"X-Request-Id": "mine-17"},
+        )
+    assert answer.headers["x-request-id"] == "mine-17"
+    assert answer.json()["meta_info"]["id"].startswith("mine-17.")
+    assert "mine-17" in (home() / "test" / "router.log").read_text()
+
+
 def test_a_second_endpoint_on_its_port_is_refused_in_one_line(endpoint, tiny_llama, tmp_path):
     content = document(tiny_llama, name="second", router={"mode": "managed"})
     content["server"]["port"] = endpoint.spec.server.port

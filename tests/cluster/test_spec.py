@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hip_cluster.arguments import server_arguments
 from hip_cluster.cli import run
+from hip_cluster.engine import device_index
 from hip_cluster.spec import EndpointSpec
 from hip_cluster.timing import hang_seconds
 
@@ -126,6 +127,14 @@ def test_the_command_line_of_sglang_follows_from_the_document():
         "offload": {"host_gib": 8.0, "miss_policy": "fetch"},
     }
     assert line[-1] == "--enable-metrics"
+
+
+@pytest.mark.parametrize(
+    ("assigned", "visible", "index"),
+    [("3", None, 3), ("3", "3", 0), ("3", "1,3", 1), ("3", "0,1,2,3", 3), ("0", "", 0)],
+)
+def test_a_rank_uses_the_gpu_that_ray_gave_it(assigned, visible, index):
+    assert device_index(assigned, visible) == index
 
 
 def test_explain_says_where_and_how_much(document, capsys):
