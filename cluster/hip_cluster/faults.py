@@ -52,7 +52,7 @@ class Traffic:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=url, headers=headers, timeout=HUNG_SECONDS)
         self._stop = threading.Event()
-        self.answered = self.turned_away = self.cut = 0
+        self.answered = self.turned_away = self.cut = self.unknown = 0
         self.problems: list[str] = []
         self._threads = [
             threading.Thread(target=self._run, args=(send,), daemon=True)
@@ -110,6 +110,8 @@ class Traffic:
             self.answered += 1
         elif answer.status_code == 503 and "Retry-After" in answer.headers:
             self.turned_away += 1
+        elif answer.headers.get("x-smg-error-code") == "model_not_found":
+            self.unknown += 1
         elif answer.status_code >= 500:
             self.cut += 1
         else:
@@ -149,6 +151,8 @@ def break_replica(
         time.sleep(2)
         served = traffic.answered
         time.sleep(2)
+        if traffic.unknown:
+            outcome.problems.append("clients were told that there is no such model")
         if traffic.answered == served:
             outcome.problems.append("it serves, and answers nobody")
     return _with_traffic(outcome, traffic)
@@ -175,7 +179,10 @@ def kill_node(endpoint: LocalEndpoint, nodes: LocalNodes, key: str | None) -> Ou
 
 
 def kill_router(endpoint: LocalEndpoint, key: str | None) -> Outcome:
-    """The router dies: the supervisor starts it again, and replicas know nothing of it."""
+    """The router dies: the supervisor starts it again, and replicas know nothing of it.
+
+    For some milliseconds the new one answers 404, until it has met the replicas.
+    """
     outcome, old = Outcome("router killed"), endpoint.status()["router"]["pid"]
     with Traffic(endpoint.url, key).running() as traffic:
         time.sleep(1)
@@ -258,6 +265,6 @@ def _listens(endpoint: LocalEndpoint) -> bool:
 
 def _with_traffic(outcome: Outcome, traffic: Traffic) -> Outcome:
     outcome.answered, outcome.turned_away = traffic.answered, traffic.turned_away
-    outcome.cut = traffic.cut
+    outcome.cut = traffic.cut + traffic.unknown
     outcome.problems += sorted(set(traffic.problems))
     return outcome

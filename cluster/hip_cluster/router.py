@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import httpx
@@ -53,8 +53,11 @@ def main() -> None:
     launch_router(arguments)
 
 
-def command(spec: EndpointSpec, metrics_port: int) -> list[str]:
-    """The command line: smg's, or the one that the document gives."""
+def command(spec: EndpointSpec, metrics_port: int, workers: Iterable[str] = ()) -> list[str]:
+    """The command line: smg's, or the one that the document gives.
+
+    A router that is started again knows ``workers`` a moment sooner than it can be told of them.
+    """
     server, router = spec.server, spec.router
     if router.command:
         names = {"host": server.host, "port": server.port, "policy": router.policy}
@@ -64,6 +67,7 @@ def command(spec: EndpointSpec, metrics_port: int) -> list[str]:
         *("--host", server.host, "--port", str(server.port), "--policy", router.policy),
         *("--prometheus-host", spec.supervisor.host, "--prometheus-port", str(metrics_port)),
         *ARGUMENTS,
+        *(("--worker-urls", *workers) if (workers := sorted(workers)) else ()),
         *router.arguments,
     ]
 
@@ -100,7 +104,7 @@ class Router:
 
     async def start(self) -> None:
         """Start it, or start it again, and tell it of everybody. Raises RouterError."""
-        line = command(self._spec, self.metrics_port)
+        line = command(self._spec, self.metrics_port, self._workers)
         environment = {**os.environ, **({KEY_VARIABLE: self._key} if self._key else {})}
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(

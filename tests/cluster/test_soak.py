@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 from hip_cluster.faults import Traffic
-from hip_cluster.local import local_endpoint, local_nodes
+from hip_cluster.local import generate, local_endpoint, local_nodes
 from hip_cluster.state import HOME_VARIABLE
 
 from tests.cluster.conftest import KEY, document, hip_cluster, said
@@ -50,6 +51,41 @@ def test_scaling_and_a_rolling_restart_lose_no_request(two_nodes, tiny_llama, tm
         assert (traffic.cut, traffic.turned_away, traffic.problems) == (0, 0, [])
         assert hip_cluster("drain", "rolling").returncode == 0
         assert endpoint.process.wait(120) == 0
+
+
+def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
+    two_nodes, tiny_llama, tmp_path
+):
+    content = document(tiny_llama, name="plain")
+    with local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint:
+        endpoint.wait_for("SERVING")
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(generate, endpoint.url, list(range(1, 40)), 1500, KEY)
+            time.sleep(2)
+            assert hip_cluster("drain", "plain").returncode == 0
+            time.sleep(1)
+            health = httpx.get(f"{endpoint.url}/health", headers=headers, timeout=60)
+            assert health.status_code == 503
+            assert not running.done()
+            assert len(running.result()) == 1500
+        assert endpoint.process.wait(120) == 0
+
+
+def test_kv_in_host_memory_gives_the_same_tokens_under_ray(two_nodes, tiny_llama, tmp_path):
+    prompt, found = [(11 * i * i + i) % 1000 + 1 for i in range(3000)], []
+    parallel = {"tp": 2, "nodes": 2}
+    for name, more in (("resident", {}), ("offloaded", {"offload": {"host_gib": 0.25}})):
+        content = document(tiny_llama, name=name, parallel=parallel, **more)
+        if more:
+            # the host store says how many tokens there are
+            content["server"]["arguments"] = content["server"]["arguments"][2:]
+        folder = tmp_path / name
+        with local_endpoint(content, folder, "--address", two_nodes.address) as endpoint:
+            endpoint.wait_for("SERVING")
+            # cold, and from the prefix cache
+            found += [generate(endpoint.url, prompt, 32, KEY) for _ in range(2)]
+    assert found == [found[0]] * 4
 
 
 @pytest.mark.parametrize(
