@@ -91,7 +91,8 @@ class RayCluster:
         self.closing = False  # set: nobody waits for machines any more
         try:
             ray.init(
-                address=None if self.own else address or "auto",
+                # without an address Ray would join whatever was last started on this machine
+                address="local" if self.own else address or "auto",
                 namespace=NAMESPACE,
                 logging_level=logging.WARNING,
                 include_dashboard=False if self.own else None,
