@@ -246,14 +246,15 @@ class EndpointSpec(Section):
 
     def _check_hip(self) -> None:
         # torch comes with it
-        from hip_sglang.config import ConfigError, HipConfig
+        from hip_sglang.config import HipConfig
+        from hip_sglang.config_text import ConfigError
 
         if "offload" in self.hip.config:
             raise PydanticCustomError(
                 "offload", "hip.config.offload: the document has a section `offload`; say it there"
             )
         try:
-            HipConfig.load(self.hip.config, self.hip.preset)
+            HipConfig.load(self.hip_config)
         except ConfigError as error:
             problem = str(error).removeprefix("hip_config: ")
             raise PydanticCustomError("hip", "hip.config: {p}", {"p": problem}) from None
