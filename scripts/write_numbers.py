@@ -40,6 +40,7 @@ def numbers() -> str:
             *serve_section(),
             *offload_section(),
             *fidelity_section(),
+            *cluster_section(),
             "## The demo",
             demo_words(),
             demo_table(),
@@ -265,6 +266,33 @@ def fidelity_section() -> list[str]:
             ),
         ]
     return parts
+
+
+def cluster_section() -> list[str]:
+    if not (found := runs("cluster")):
+        return []
+    words = {
+        "detect_rank_s": "a rank killed, until no client is sent to its group (s)",
+        "detect_hang_s": "a rank stopped, until then (s; it is silent for 5 s before)",
+        "detect_node_s": "a node killed, until then (s)",
+        "recover_s": "from then until the group has machines again, the model not yet loaded (s)",
+        "router_p50_ms": "a short request through the router against one direct (ms)",
+        "prefix_hit_share": "cached tokens over two replicas against one (share)",
+        "imbalance": "tokens read by the busier of the two against the mean",
+        "prefix_hit_share_two_routers": "the same share with two routers before the two replicas",
+        "ray_vs_processes": "TP=2 as SGLang's processes against TP=2 as Ray actors, time",
+    }
+    rows = [
+        [words[name], *(f"{float(row[part]):.3g}" for part in ("p20", "p50", "p80")), where(row)]
+        for _, _, metrics in found
+        for name, row in metrics.items()
+    ]
+    return [
+        "## Many machines",
+        "`hip-sglang bench cluster`: Ray nodes on one machine, the built-in model. A time over one "
+        "is better for Ray in the last line.",
+        table(["what", "p20", "p50", "p80", "where"], rows),
+    ]
 
 
 def demo() -> dict[str, Any]:
