@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from hip_cluster.faults import kill_node, kill_rank, stop_rank
 from hip_cluster.local import LocalEndpoint, generate, local_endpoint, local_nodes
 from hip_cluster.ports import free_port
+from hip_cluster.router import command
 
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.server import serve, unwind_on_signals
@@ -174,17 +177,41 @@ def router_overhead(endpoint: LocalEndpoint, requests: int) -> list[float]:
 
 def locality(endpoint: LocalEndpoint, given: Any) -> Samples:
     """Cached tokens over two replicas, against the same on one; and how even the load is."""
-    first = endpoint.status()["replicas"][0]["url"]
-    cached_alone, _ = ask_documents(first, given, seed=1)
-    cached, tokens = ask_documents(endpoint.url, given, seed=2)
-    mean = sum(tokens.values()) / len(endpoint.status()["replicas"])
+    servers = [replica["url"] for replica in endpoint.status()["replicas"]]
+    cached_alone, _ = ask_documents(servers[:1], given, seed=1)
+    cached, tokens = ask_documents([endpoint.url], given, seed=2)
+    with second_router(endpoint, servers) as other:
+        cached_by_two, _ = ask_documents([endpoint.url, other], given, seed=3)
     return {
         "prefix_hit_share": [cached / cached_alone],
-        "imbalance": [max(tokens.values()) / mean],
+        "imbalance": [max(tokens.values()) / (sum(tokens.values()) / len(servers))],
+        "prefix_hit_share_two_routers": [cached_by_two / cached_alone],
     }
 
 
-def ask_documents(url: str, given: Any, seed: int) -> tuple[int, Counter[str]]:
+@contextmanager
+def second_router(endpoint: LocalEndpoint, servers: list[str]) -> Iterator[str]:
+    """Another router before the same replicas, with a tree of its own."""
+    port = free_port("127.0.0.1")
+    spec = endpoint.spec.model_copy(
+        update={"server": endpoint.spec.server.model_copy(update={"port": port})}
+    )
+    line = command(spec, free_port("127.0.0.1"), servers)
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{url}/readiness").status_code == 200:
+                    break
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask_documents(urls: list[str], given: Any, seed: int) -> tuple[int, Counter[str]]:
     """Questions in random order: cached tokens in all, and tokens by the replica that read them."""
     chance = random.Random(seed)
     documents = [
@@ -202,6 +229,7 @@ def ask_documents(url: str, given: Any, seed: int) -> tuple[int, Counter[str]]:
                 "text": " ".join(map(str, document + question)),
                 "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
             }
+            url = chance.choice(urls)
             answer = client.post(f"{url}/generate", json=body).raise_for_status()
             meta = answer.json()["meta_info"]
             cached += meta["cached_tokens"]

@@ -140,9 +140,12 @@ class Fleet:
             before = self.replicas[index].attempt
             self._tell(index, Drain("restart"))
             while (now := self.replicas.get(index)) and now.state is not State.FAILED:
-                if now.attempt > before and now.ready:
+                if now.attempt > before and now.ready and self._has_clients(now):
                     break
                 await asyncio.sleep(TICK_SECONDS)
+
+    def _has_clients(self, replica: Replica) -> bool:
+        return self.router is None or replica.url in self.router.admitted
 
     def drain(self) -> None:
         """Let every request end, then remove every replica."""

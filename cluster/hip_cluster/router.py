@@ -93,6 +93,7 @@ class Router:
         self._placeholder, self._believed_in = placeholder, believed_in
         self._process: asyncio.subprocess.Process | None = None
         self._workers: set[str] = set()
+        self.admitted: set[str] = set()  # those that clients are sent to
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.server.host, spec.server.host)
         headers = {"Authorization": f"Bearer {api_key!s}"} if api_key else {}
         self.url = f"http://{host}:{spec.server.port}"
@@ -133,13 +134,20 @@ class Router:
             await self._process.wait()
 
     async def admit(self, url: str) -> None:
-        """Send clients to a replica from now on. Raises httpx.HTTPError."""
+        """Send clients to a replica; returns when they are sent. Raises httpx.HTTPError."""
         self._workers.add(url)
         await self._post(url)
+        deadline = time.monotonic() + START_SECONDS
+        while url in self._workers and time.monotonic() < deadline:
+            if any(one["url"] == url and one["is_healthy"] for one in await self._list()):
+                self.admitted.add(url)
+                return
+            await asyncio.sleep(0.05)
 
     async def dismiss(self, url: str) -> None:
         """Send no new request to it; those that run go on. Raises httpx.HTTPError."""
         self._workers.discard(url)
+        self.admitted.discard(url)
         for worker in await self._list():
             if worker["url"] == url:
                 answer = await self._client.delete(f"/workers/{worker['id']}")
