@@ -6,12 +6,13 @@ the environment is set: so what actors are given is pickled once more, as bytes.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,14 @@ def make_server_args(spec: EndpointSpec, host: str, port: int, welcome: Any) -> 
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    server_args = prepare_server_args(server_arguments(spec, host, port))
+    said = io.StringIO()
+    try:
+        # argparse prints what is wrong, and leaves
+        with redirect_stderr(said):
+            server_args = prepare_server_args(server_arguments(spec, host, port))
+    except SystemExit:
+        problem = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise ValueError(f"server.arguments: {problem}; mend it there") from None
     # not a command line of a person: errors are raised, not printed
     server_args._launch_command = f"Engine(endpoint={spec.name})"
     if welcome.get("api_key") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -89,6 +90,8 @@ class Fleet:
         self._broken_at: dict[int, float] = {}
         self._link_address = ("", 0)
         self._stopping = False
+        # a number is given once, so that nobody takes news of one replica for another's
+        self._numbers = itertools.count()
 
     async def start(self) -> None:
         """Listen for ranks, and begin. Raises OSError where the port is taken."""
@@ -106,6 +109,7 @@ class Fleet:
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
                 await self._look_for_idle_ones()
+                await self._look_for_stillborn_ones()
             states = [replica.state for replica in self.replicas.values()]
             if states and all(state is State.FAILED for state in states):
                 errors = {replica.error for replica in self.replicas.values()}
@@ -126,9 +130,8 @@ class Fleet:
         staying = [i for i, r in self.replicas.items() if not _leaves(r)]
         for index in sorted(staying)[count:]:
             self._tell(index, Drain("remove"))
-        free = (i for i in range(10**6) if i not in self.replicas)
         for _ in range(count - len(staying)):
-            index = next(free)
+            index = next(self._numbers)
             self.replicas[index] = Replica(since=time.monotonic())
             self._tell(index, Tick())
 
@@ -190,6 +193,16 @@ class Fleet:
                 stuck = f"{member.name} hangs: work and no step for {now - wire.moved:.1f} s"
                 self._tell(index, Broke(replica.attempt, stuck))
 
+    async def _look_for_stillborn_ones(self) -> None:
+        """Whoever ended before it had a wire: only Ray knows why."""
+        for index, replica in list(self.replicas.items()):
+            started = self._attempts.get(index)
+            met = self.links.members(index, replica.attempt)
+            if replica.state is State.LOADING and started is not None and not met:
+                problem = await asyncio.to_thread(self._cluster.end_of, started)
+                if problem is not None and not self.links.members(index, replica.attempt):
+                    self._tell(index, Broke(replica.attempt, problem))
+
     async def _look_for_idle_ones(self) -> None:
         draining = [i for i, r in self.replicas.items() if r.state is State.DRAINING]
         if not draining:
@@ -215,7 +228,7 @@ class Fleet:
     # what is to be done
 
     def _tell(self, index: int, event: Event) -> None:
-        if self._stopping:
+        if self._stopping or index not in self.replicas:
             return
         before = self.replicas[index]
         after, actions = step(before, event, time.monotonic(), self.policy)

@@ -150,6 +150,20 @@ class RayCluster:
         engine = start_engine(group, placement_group, name)
         return Attempt(placement_group, engine, engine.serve.remote())
 
+    def end_of(self, attempt: Attempt) -> str | None:
+        """Why the engine is not there any more; None while it is, or comes."""
+        import ray
+
+        done, _ = ray.wait([attempt.serving], timeout=0)
+        if not done:
+            return None
+        try:
+            ray.get(done[0])
+        except ray.exceptions.RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return f"the engine did not start: {[*lines, type(error).__name__][-1][:500]}"
+        return "the engine ended"
+
     def end(self, attempt: Attempt) -> None:
         """End the engine and give the machines back, which ends every rank."""
         import ray

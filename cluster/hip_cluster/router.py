@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from hip_cluster.ports import free_port
+from hip_cluster.ray_cluster import ClusterError
 from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
 
@@ -40,7 +41,7 @@ ARGUMENTS = (
 )
 
 
-class RouterError(RuntimeError):
+class RouterError(ClusterError):
     """The router did not do what it should; its message is one line."""
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
 from hip_cluster import state
@@ -62,6 +63,8 @@ def serve(
         code = asyncio.run(Serving(spec, cluster, folder, key).run())
     except ClusterError as error:
         raise CliError(f"endpoint {spec.name} was given up: {error}") from None
+    except OSError as error:
+        raise CliError(f"the supervisor cannot listen: {error}; see `supervisor`") from None
     finally:
         state.remove_door(spec.name)
         cluster.close()
@@ -144,7 +147,10 @@ class Serving:
             log.warning("the router ended with code %d; starting it again", code)
             self._metrics.router_restarts.inc()
             await asyncio.sleep(ROUTER_PAUSE_SECONDS)
-            await router.start()
+            try:
+                await router.start()
+            except (ClusterError, httpx.HTTPError) as error:
+                log.error("%s", error)
 
     def _leave_without_ray(self) -> None:
         """Ray's libraries would wait a minute for a head that is gone, and then abort."""
