@@ -61,14 +61,14 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
         endpoint.wait_for("SERVING")
         headers = {"Authorization": f"Bearer {KEY}"}
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(generate, endpoint.url, list(range(1, 40)), 1500, KEY)
+            running = pool.submit(generate, endpoint.url, list(range(1, 40)), 600, KEY)
             time.sleep(2)
             assert hip_cluster("drain", "plain").returncode == 0
             time.sleep(1)
             health = httpx.get(f"{endpoint.url}/health", headers=headers, timeout=60)
             assert health.status_code == 503
             assert not running.done()
-            assert len(running.result()) == 1500
+            assert len(running.result()) == 600
         assert endpoint.process.wait(120) == 0
 
 
