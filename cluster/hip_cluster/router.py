@@ -34,6 +34,9 @@ ARGUMENTS = (
     *("--cb-success-threshold", "1"),
     *("--cb-timeout-duration-secs", "2"),
     *("--worker-startup-check-interval", "1"),
+    # one long context fills a replica that has few requests: KV counts, not requests alone
+    *("--balance-token-usage-threshold", "0.3", "--overload-token-usage-threshold", "0.9"),
+    *("--load-monitor-interval", "2"),
     # a document of a million tokens is kept to be sent once more, too
     *("--max-buffered-request-bytes", str(64 << 20)),
     # a line a request, with its id

@@ -139,6 +139,7 @@ def test_a_second_endpoint_on_its_port_is_refused_in_one_line(endpoint, tiny_lla
     assert "is in use on 127.0.0.1" in line
 
 
+@pytest.mark.soak
 def test_a_wrong_token_is_refused_in_one_line(two_nodes, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "fedcba9876543210" * 4)
