@@ -9,6 +9,7 @@ from hip_cluster.arguments import server_arguments
 from hip_cluster.cli import run
 from hip_cluster.engine import device_index
 from hip_cluster.spec import EndpointSpec
+from hip_cluster.submit import submission_id
 from hip_cluster.timing import hang_seconds
 
 GOOD = {"name": "llama", "model": {"path": "/models/llama"}}
@@ -135,6 +136,14 @@ def test_the_command_line_of_sglang_follows_from_the_document():
 )
 def test_a_rank_uses_the_gpu_that_ray_gave_it(assigned, visible, index):
     assert device_index(assigned, visible) == index
+
+
+def test_a_document_has_one_submission_id_however_it_is_laid_out():
+    spec = EndpointSpec.parse(yaml.safe_dump(GOOD))
+    assert submission_id(EndpointSpec.parse(json.dumps(GOOD, indent=4))) == submission_id(spec)
+    other = EndpointSpec.model_validate(GOOD | {"parallel": {"tp": 2}})
+    assert submission_id(other) != submission_id(spec)
+    assert submission_id(spec).startswith("llama-")
 
 
 def test_explain_says_where_and_how_much(document, capsys):
