@@ -112,7 +112,7 @@ def test_the_command_line_of_sglang_follows_from_the_document():
         GOOD
         | {
             "parallel": {"tp": 2, "nodes": 2, "device": "cpu"},
-            "hip": {"preset": "quality", "config": {"budget": 4096}},
+            "hip": {"preset": "balanced", "config": {"budget": 4096}},
             "offload": {"host_gib": 8.0},
             "server": {"arguments": ["--enable-metrics"]},
         }
@@ -124,7 +124,7 @@ def test_the_command_line_of_sglang_follows_from_the_document():
     assert pairs["--attention-backend"] == "hip_attention"
     assert json.loads(pairs["--hip-config"]) == {
         "budget": 4096,
-        "preset": "quality",
+        "preset": "balanced",
         "offload": {"host_gib": 8.0, "miss_policy": "fetch"},
     }
     assert line[-1] == "--enable-metrics"
