@@ -49,6 +49,7 @@ TICK_SECONDS = 0.1
 # how long processes get to end after they were told to; then Ray's word has to do
 END_SECONDS = 15.0
 IDLE_LOOKS = 3
+PLACE_SLACK_SECONDS = 30.0
 
 log = logging.getLogger("hip_cluster")
 
@@ -68,7 +69,8 @@ class Fleet:
         self.replicas: dict[int, Replica] = {}
         self.wanted = spec.replicas
         self.policy = Policy(
-            place_s=limits.place_s,
+            # Ray's own word comes first, for it says what is missing
+            place_s=limits.place_s + PLACE_SLACK_SECONDS,
             startup_s=limits.startup_s,
             drain_s=limits.drain_s,
             restarts=limits.restarts,

@@ -75,8 +75,10 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
 def test_kv_in_host_memory_gives_the_same_tokens_under_ray(two_nodes, tiny_llama, tmp_path):
     prompt, found = [(11 * i * i + i) % 1000 + 1 for i in range(3000)], []
     parallel = {"tp": 2, "nodes": 2}
+    # which offload does without
+    hip = {"config": {"dense_threshold": 256, "window": 64, "budget": 128, "second_look": 0}}
     for name, more in (("resident", {}), ("offloaded", {"offload": {"host_gib": 0.25}})):
-        content = document(tiny_llama, name=name, parallel=parallel, **more)
+        content = document(tiny_llama, name=name, parallel=parallel, hip=hip, **more)
         if more:
             # the host store says how many tokens there are
             content["server"]["arguments"] = content["server"]["arguments"][2:]
