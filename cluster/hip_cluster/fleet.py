@@ -70,7 +70,7 @@ class Fleet:
         self.wanted = spec.replicas
         self.policy = Policy(
             # Ray's own word comes first, for it says what is missing
-            place_s=limits.place_s + PLACE_SLACK_SECONDS,
+            place_s=2 * limits.place_s + PLACE_SLACK_SECONDS,
             startup_s=limits.startup_s,
             drain_s=limits.drain_s,
             restarts=limits.restarts,
@@ -272,15 +272,13 @@ class Fleet:
 
     async def _place(self, index: int, attempt: int) -> None:
         name = f"{self.spec.name}:{index}:{attempt}:{self._run}"
-        asked = placement(self.spec)
+        asked, seconds = placement(self.spec), self.spec.limits.place_s
         placed = None
         try:
-            if problem := await asyncio.to_thread(self._cluster.missing, self.spec):
-                if self._cluster.own:
-                    # nobody will join a cluster of our own
-                    return self._tell(index, Refused(attempt, problem))
-                log.warning("replica %d: %s; waiting for machines", index, problem)
-            seconds = self.spec.limits.place_s
+            if problem := await self._wait_for_machines(index, attempt):
+                # nobody joins a cluster of our own
+                kind = Refused if self._cluster.own else Broke
+                return self._tell(index, kind(attempt, problem))
             placed = await asyncio.to_thread(self._cluster.place, asked, name, seconds)
             if self._is_over(index, attempt):
                 return await asyncio.to_thread(self._cluster.give_back, placed)
@@ -296,6 +294,19 @@ class Fleet:
             return await asyncio.to_thread(self._cluster.end, started)
         self._attempts[index] = started
         self._tell(index, Placed(attempt))
+
+    async def _wait_for_machines(self, index: int, attempt: int) -> str | None:
+        """What the cluster has too little of even where it is empty; None as soon as it has not."""
+        deadline, told = time.monotonic() + self.spec.limits.place_s, False
+        while problem := await asyncio.to_thread(self._cluster.missing, self.spec):
+            late = time.monotonic() > deadline
+            if self._cluster.own or late or self._is_over(index, attempt):
+                return problem
+            if not told:
+                log.warning("replica %d: %s; waiting for machines", index, problem)
+                told = True
+            await asyncio.sleep(1.0)
+        return None
 
     def _is_over(self, index: int, attempt: int) -> bool:
         replica = self.replicas.get(index)
