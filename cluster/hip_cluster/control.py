@@ -121,6 +121,7 @@ def status_of(fleet: Fleet) -> dict[str, Any]:
                 "state": replica.state.value,
                 "attempt": replica.attempt,
                 "url": replica.url,
+                "clients": replica.ready and fleet.has_clients(replica),
                 "error": replica.error,
                 "ranks": [
                     {

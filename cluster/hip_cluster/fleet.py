@@ -86,7 +86,6 @@ class Fleet:
         self._hang = hang_seconds(spec)
         self._attempts: dict[int, Attempt] = {}
         self._loaded: dict[int, set[int]] = {}
-        self._problems: dict[int, tuple[str, bool]] = {}
         self._idle_looks: dict[int, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken_at: dict[int, float] = {}
@@ -145,11 +144,12 @@ class Fleet:
             before = self.replicas[index].attempt
             self._tell(index, Drain("restart"))
             while (now := self.replicas.get(index)) and now.state is not State.FAILED:
-                if now.attempt > before and now.ready and self._has_clients(now):
+                if now.attempt > before and now.ready and self.has_clients(now):
                     break
                 await asyncio.sleep(TICK_SECONDS)
 
-    def _has_clients(self, replica: Replica) -> bool:
+    def has_clients(self, replica: Replica) -> bool:
+        """Whether the router, where there is one, sends clients to it by now."""
         return self.router is None or replica.url in self.router.admitted
 
     def drain(self) -> None:
@@ -174,13 +174,12 @@ class Fleet:
             case "ready":
                 self._tell(index, Ready(attempt, str(message["url"])))
             case "failed":
-                told = (str(message["problem"]), bool(message["final"]))
-                self._problems.setdefault(index, told)
-            case "left":
+                # an actor whose method raised is still there
                 starting = not self.replicas[index].ready
-                problem, final = self._problems.get(index, (f"{member.name} died", False))
-                kind = Refused if final and starting else Broke
-                self._tell(index, kind(attempt, problem))
+                kind = Refused if message["final"] and starting else Broke
+                self._tell(index, kind(attempt, str(message["problem"])))
+            case "left":
+                self._tell(index, Broke(attempt, f"{member.name} died"))
 
     def _look_for_hangs(self, index: int) -> None:
         replica, now = self.replicas.get(index), time.monotonic()
@@ -254,7 +253,6 @@ class Fleet:
         match action:
             case Place(attempt):
                 self._loaded.pop(index, None)
-                self._problems.pop(index, None)
                 self._spawn(self._place(index, attempt))
             case Admit(url):
                 self._spawn(self._with_router(lambda router: router.admit(url)))

@@ -121,6 +121,16 @@ class LocalEndpoint:
             return [str(replica["state"]) for replica in self.status()["replicas"]]
         return []
 
+    def _states_for_clients(self) -> list[str]:
+        with suppress(ValueError):
+            return [
+                f"{replica['state']}{'' if replica['clients'] else ' without clients'}"
+                if replica["state"] == "SERVING"
+                else str(replica["state"])
+                for replica in self.status()["replicas"]
+            ]
+        return []
+
     def pid_of(self, name: str, replica: int = 0) -> int:
         """The process of the ``engine`` or of ``rank N``."""
         for one in self.status()["replicas"]:
@@ -129,9 +139,12 @@ class LocalEndpoint:
         raise ValueError(f"there is no replica {replica}")
 
     def wait_for(self, *states: str, seconds: float = START_SECONDS) -> float:
-        """Until the replicas are in these states; how long that took. Raises TimeoutError."""
+        """Until the replicas are in these states, and those that serve have clients.
+
+        Returns how long that took. Raises TimeoutError.
+        """
         began = time.monotonic()
-        while (seen := self.states()) != list(states):
+        while (seen := self._states_for_clients()) != list(states):
             if self.process.poll() is not None:
                 raise ChildProcessError(
                     f"the supervisor ended with code {self.process.returncode}: {self.last_words()}"
