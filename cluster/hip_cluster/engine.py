@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hip_cluster.arguments import server_arguments
 from hip_cluster.environment import adopt, carried
+from hip_cluster.janitor import Janitor
 from hip_cluster.link import Link, Member, Progress
 from hip_cluster.ports import free_port, require_free
 from hip_cluster.secret import Secret
@@ -70,6 +71,7 @@ class EngineActor:
         adopt(environment)
         self._group: Group = pickle.loads(group)
         self._placement_group = placement_group
+        self._janitor = Janitor()
         self._link = Link(self._group.supervisor, self._group.member)
         self._link.start()
 
@@ -83,7 +85,7 @@ class EngineActor:
                 require_free(host, group.port, "server.port")
             port = group.port or free_port(host)
             server_args = make_server_args(group.spec, host, port, self._link.welcome)
-            engine = make_engine_class(group, self._placement_group)
+            engine = make_engine_class(group, self._placement_group, self._janitor)
             url = f"http://{_reachable(host)}:{port}"
             launch_server(server_args, engine, lambda: self._link.send(kind="ready", url=url))
 
@@ -93,6 +95,7 @@ class SchedulerActor:
 
     def __init__(self, call: bytes, environment: dict[str, str], member: Member, address: Any):
         adopt(environment)
+        self._janitor = Janitor()
         self._link = Link(address, member)
         self._link.start()
         self._name = member.name
@@ -140,7 +143,7 @@ def make_server_args(spec: EndpointSpec, host: str, port: int, welcome: Any) -> 
     return server_args
 
 
-def make_engine_class(group: Group, placement_group: PlacementGroup) -> type:
+def make_engine_class(group: Group, placement_group: PlacementGroup, janitor: Janitor) -> type:
     """SGLang's RayEngine with our actors, on our placement group, GPUs or none."""
     from sglang.srt.entrypoints.engine import _calculate_rank_ranges
     from sglang.srt.ray.engine import RayEngine, RaySchedulerInitResult
@@ -152,6 +155,7 @@ def make_engine_class(group: Group, placement_group: PlacementGroup) -> type:
         def _launch_scheduler_processes(
             cls, server_args: Any, port_args: Any, run_scheduler_process_func: Any, **_: Any
         ) -> tuple[Any, None]:
+            janitor.sweep_later(*left_behind(port_args))
             address = node_address()
             actors = []
             for bundle in range(group.spec.parallel.nodes):
@@ -180,6 +184,19 @@ def make_engine_class(group: Group, placement_group: PlacementGroup) -> type:
             return result, None
 
     return HipRayEngine
+
+
+def left_behind(port_args: Any) -> list[str]:
+    """Patterns of what an engine's processes share on their machine, besides what has their pid."""
+    sockets = [
+        str(value).removeprefix("ipc://")
+        for value in vars(port_args).values()
+        if str(value).startswith("ipc:///")
+    ]
+    metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
+    # one that SGLang made; a user's own stays
+    made = [metrics] if Path(metrics).name.startswith("tmp") else []
+    return [f"/dev/shm/sglang_loads_{port_args.instance_id}_*", *sockets, *made]
 
 
 def _start_rank(

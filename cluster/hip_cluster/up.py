@@ -29,6 +29,7 @@ from hip_sglang.demo.server import unwind_on_signals
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0
 ORPHAN_SECONDS = 5.0
+SWEEP_SECONDS = 1.0
 
 
 def run_endpoint(spec: EndpointSpec, file: Path, address: str | None) -> int:
@@ -117,6 +118,8 @@ def _adopt_orphans() -> None:
 
 def _end_orphans() -> None:
     orphans = psutil.Process().children(recursive=True)
+    # janitors end by themselves, when they have swept
+    _, orphans = psutil.wait_procs(orphans, SWEEP_SECONDS)
     for orphan in orphans:
         with suppress(psutil.NoSuchProcess):
             orphan.kill()
