@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hip_cluster.spec import EndpointSpec
 
 ENTRYPOINT = "python -m hip_cluster.serve endpoint.yaml"
 ID_DIGITS = 12
+AGENT_SECONDS = 60.0
 
 
 def submission_id(spec: EndpointSpec) -> str:
@@ -44,9 +46,7 @@ def submit_endpoint(spec: EndpointSpec, file: Path, address: str, wait: bool) ->
         with tempfile.TemporaryDirectory() as folder:
             # nothing else of this machine is uploaded
             shutil.copy(file, Path(folder) / "endpoint.yaml")
-            client.submit_job(
-                entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": folder}
-            )
+            _submit(client, job, folder)
         print(f"submitted {job}; end it with: ray job stop {job}")
     if not wait:
         return 0
@@ -56,6 +56,22 @@ def submit_endpoint(spec: EndpointSpec, file: Path, address: str, wait: bool) ->
         print(f"{job} goes on; end it with: ray job stop {job}")
         return 0
     return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1
+
+
+def _submit(client: Any, job: str, folder: str) -> None:
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": folder}
+            )
+            return
+        except RuntimeError as error:
+            # a cluster that was just started takes jobs a moment later
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                said = str(error).strip().splitlines()[-1][:200]
+                raise ValueError(f"Ray did not take {job}: {said}") from None
+            time.sleep(1)
 
 
 def _connect(address: str) -> Any:
