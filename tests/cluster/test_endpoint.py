@@ -161,7 +161,9 @@ def test_a_dead_rank_turns_clients_away_at_once_and_comes_back(endpoint):
             break
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]
-    (replica,) = endpoint.status()["replicas"]
+    while (replica := endpoint.status()["replicas"][0])["attempt"] == 1:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
     assert replica["error"] == "rank 1 died"
     assert replica["attempt"] == 2
 
