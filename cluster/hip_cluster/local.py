@@ -31,6 +31,7 @@ START_SECONDS = 900.0
 STOP_SECONDS = 60.0
 LOOK_SECONDS = 0.05
 OBJECT_STORE_BYTES = 80 << 20
+AGENT_PORT = "dashboard_agent_listen_port"
 
 
 class LocalNodes:
@@ -221,7 +222,9 @@ def main(dashboard: bool, cpus: list[str]) -> None:
     def node(count: str) -> dict[str, Any]:
         return {"num_cpus": int(count), "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
 
-    jobs = {"include_dashboard": dashboard, "dashboard_port": free_port("127.0.0.1")}
+    # another cluster of this machine may have Ray's own
+    ports = {name: free_port("127.0.0.1") for name in ("dashboard_port", AGENT_PORT)}
+    jobs = {"include_dashboard": dashboard, **ports}
     cluster = Cluster(initialize_head=True, head_node_args={**node(cpus[0]), **jobs})
     others = [cluster.add_node(**node(count)) for count in cpus[1:]]
     url = f"http://127.0.0.1:{jobs['dashboard_port']}"
