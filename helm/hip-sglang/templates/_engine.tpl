@@ -1,0 +1,265 @@
+{{/* what an engine's pod is made of, in both modes */}}
+
+{{- define "hip.modelPath" -}}
+/models/{{ .Values.model.storage.path }}
+{{- end -}}
+
+{{- define "hip.claim" -}}
+{{- .Values.model.storage.existingClaim | default (printf "%s-model" (include "hip.fullname" .)) -}}
+{{- end -}}
+
+{{/* HipConfig as JSON: engine.hipConfig, and engine.offload in its words */}}
+{{- define "hip.config" -}}
+{{- $config := deepCopy .Values.engine.hipConfig -}}
+{{- $offload := .Values.engine.offload -}}
+{{- if $offload.enabled -}}
+{{- $keys := dict "host_gib" $offload.hostGiB "miss_policy" $offload.missPolicy -}}
+{{- with $offload.deviceTokens }}{{ $_ := set $keys "device_tokens" . }}{{ end -}}
+{{- with $offload.disk.sizeGiB }}{{ $_ := set $keys "disk_gib" . }}{{ $_ := set $keys "disk_path" "/offload" }}{{ end -}}
+{{- $_ := set $config "offload" $keys -}}
+{{- end -}}
+{{- toJson $config -}}
+{{- end -}}
+
+{{/* the largest body of a request: JSON of a prompt, and of its token ids, stays under 16 bytes a token */}}
+{{- define "hip.bodyBytes" -}}
+{{- max 16777216 (mul 16 .Values.model.contextLength) -}}
+{{- end -}}
+
+{{/* a client's connection, a router and a pod that goes wait as long as the longest request */}}
+{{- define "hip.graceSeconds" -}}
+{{- add .Values.engine.maxRequestSeconds .Values.probes.preStopSeconds 30 -}}
+{{- end -}}
+
+{{- define "hip.engineArgs" -}}
+{{- $v := .Values -}}
+- --model-path
+- {{ include "hip.modelPath" . }}
+- --served-model-name
+- {{ $v.model.name | quote }}
+- --host
+- 0.0.0.0
+- --port
+- "30000"
+- --device
+- {{ $v.engine.device }}
+- --tp-size
+- {{ $v.engine.tensorParallel | quote }}
+- --context-length
+- {{ $v.model.contextLength | int64 | quote }}
+- --kv-cache-dtype
+- {{ $v.engine.kvCacheDtype }}
+{{- with $v.engine.chunkedPrefillSize }}
+- --chunked-prefill-size
+- {{ . | int64 | quote }}
+{{- end }}
+{{- with $v.engine.maxRunningRequests }}
+- --max-running-requests
+- {{ . | int64 | quote }}
+{{- end }}
+- --enable-metrics
+- --hip-config
+- {{ include "hip.config" . | quote }}
+{{- range $v.engine.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "hip.engineEnv" -}}
+- name: HOME
+  value: /cache
+- name: HF_HUB_OFFLINE
+  value: "1"
+- name: SGLANG_HEALTH_CHECK_TIMEOUT
+  value: {{ .Values.probes.healthTimeoutSeconds | quote }}
+{{- include "hip.authEnv" . }}
+{{- with .Values.engine.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "hip.engineMounts" -}}
+- name: models
+  mountPath: /models
+  readOnly: true
+- name: tmp
+  mountPath: /tmp
+- name: cache
+  mountPath: /cache
+- name: shm
+  mountPath: /dev/shm
+{{- if .Values.engine.offload.disk.sizeGiB }}
+- name: offload
+  mountPath: /offload
+{{- end }}
+{{- with include "hip.authMount" . }}
+{{ . | trim }}
+{{- end }}
+{{- with .Values.engine.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "hip.engineVolumes" -}}
+{{- $engine := .Values.engine -}}
+- name: models
+  {{- if eq .Values.model.source "builtin" }}
+  emptyDir:
+    sizeLimit: 1Gi
+  {{- else }}
+  persistentVolumeClaim:
+    claimName: {{ include "hip.claim" . }}
+    readOnly: true
+  {{- end }}
+- name: tmp
+  emptyDir: {}
+- name: cache
+  {{- if $engine.cache.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ $engine.cache.existingClaim }}
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ $engine.cache.sizeLimit }}
+  {{- end }}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ mulf $engine.memory.shmGiB 1024 | ceil | int64 }}Mi
+{{- with $engine.offload.disk }}
+{{- if and .sizeGiB .existingClaim }}
+- name: offload
+  persistentVolumeClaim:
+    claimName: {{ .existingClaim }}
+{{- else if .sizeGiB }}
+- name: offload
+  ephemeral:
+    volumeClaimTemplate:
+      spec:
+        accessModes: [ReadWriteOnce]
+        {{- with .storageClass }}
+        storageClassName: {{ . }}
+        {{- end }}
+        resources:
+          requests:
+            storage: {{ .sizeGiB | ceil | int64 }}Gi
+{{- end }}
+{{- end }}
+{{- with include "hip.authVolume" . }}
+{{ . | trim }}
+{{- end }}
+{{- with $engine.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* pods that wait for their model before they start, or write it */}}
+{{- define "hip.engineInit" -}}
+{{- $source := .Values.model.source -}}
+{{- if ne $source "claim" }}
+- name: model
+  image: {{ include "hip.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  {{- if eq $source "builtin" }}
+  command: [hip-sglang, demo, model, {{ include "hip.modelPath" . }}]
+  {{- else }}
+  command: [python, /etc/hip-sglang/scripts/model.py, wait]
+  {{- end }}
+  env:
+    - name: HOME
+      value: /tmp
+    {{- with include "hip.downloadEnv" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+  volumeMounts:
+    - name: models
+      mountPath: /models
+    - name: tmp
+      mountPath: /tmp
+    {{- if eq $source "download" }}
+    - name: scripts
+      mountPath: /etc/hip-sglang/scripts
+      readOnly: true
+    {{- end }}
+  resources:
+    requests: {cpu: "1", memory: 1Gi}
+    limits: {memory: 1Gi}
+  securityContext:
+    {{- include "hip.containerSecurity" . | nindent 4 }}
+{{- end }}
+{{- end -}}
+
+{{- define "hip.engineResources" -}}
+{{- $engine := .Values.engine -}}
+requests:
+  cpu: {{ $engine.cpu | quote }}
+  memory: {{ include "hip.memory" . }}
+limits:
+  memory: {{ include "hip.memory" . }}
+  {{- if eq $engine.device "cuda" }}
+  {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . }}
+  {{- end }}
+  {{- if $engine.rdma.enabled }}
+  {{ $engine.rdma.resource }}: {{ $engine.rdma.count }}
+  {{- end }}
+{{- end -}}
+
+{{- define "hip.engineSecurity" -}}
+{{- include "hip.containerSecurity" . }}
+{{- if or .Values.engine.memory.lock .Values.engine.rdma.enabled }}
+  add: [IPC_LOCK]
+{{- end }}
+{{- end -}}
+
+{{- define "hip.healthGet" -}}
+httpGet:
+  path: /health
+  port: http
+{{- end -}}
+
+{{- define "hip.readiness" -}}
+{{ include "hip.healthGet" . }}
+periodSeconds: {{ .Values.probes.readiness.periodSeconds }}
+timeoutSeconds: {{ .Values.probes.readiness.timeoutSeconds }}
+failureThreshold: {{ .Values.probes.readiness.failureThreshold }}
+{{- end -}}
+
+{{- define "hip.enginePlacement" -}}
+{{- $engine := .Values.engine -}}
+{{- with $engine.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if or $engine.tolerations (eq $engine.device "cuda") }}
+tolerations:
+  {{- if eq $engine.device "cuda" }}
+  - key: {{ $engine.gpuResource }}
+    operator: Exists
+    effect: NoSchedule
+  {{- end }}
+  {{- with $engine.tolerations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- with $engine.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $engine.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $engine.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+terminationGracePeriodSeconds: {{ include "hip.graceSeconds" . }}
+{{- end -}}
+
+{{/* copies on different machines where that can be had. (list root component) */}}
+{{- define "hip.spread" -}}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "hip.selector" . | nindent 8 }}
+{{- end -}}

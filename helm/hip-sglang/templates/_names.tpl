@@ -1,0 +1,129 @@
+{{/* names, labels and images */}}
+
+{{- define "hip.name" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* 40 characters: the longest suffix that follows is 22, and KubeRay adds its own */}}
+{{- define "hip.fullname" -}}
+{{- $name := include "hip.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* what selects pods: a subset of the labels, which an upgrade never changes. (list root component) */}}
+{{- define "hip.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "hip.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* (list root component) */}}
+{{- define "hip.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "hip.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/part-of: hip-sglang
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "hip.metadata" -}}
+{{- $root := index . 0 -}}
+name: {{ include "hip.fullname" $root }}{{ with index . 2 }}-{{ . }}{{ end }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "hip.labels" . | nindent 2 }}
+{{- end -}}
+
+{{- define "hip.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{- define "hip.serviceAccount" -}}
+{{- .Values.serviceAccountName | default (include "hip.fullname" .) -}}
+{{- end -}}
+
+{{/* the component whose pods answer requests of clients */}}
+{{- define "hip.door" -}}
+{{- .Values.router.enabled | ternary "router" "engine" -}}
+{{- end -}}
+
+{{- define "hip.authSecret" -}}
+{{- if .Values.auth.generate -}}
+{{ include "hip.fullname" . }}-api-key
+{{- else -}}
+{{ .Values.auth.existingSecret }}
+{{- end -}}
+{{- end -}}
+
+{{- define "hip.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.securityContext.runAsUser }}
+runAsGroup: {{ .Values.securityContext.runAsGroup }}
+fsGroup: {{ .Values.securityContext.runAsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "hip.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* what every pod says the same. (list root serviceAccount) */}}
+{{- define "hip.podCommon" -}}
+{{- $root := index . 0 -}}
+serviceAccountName: {{ index . 1 }}
+{{- with $root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+enableServiceLinks: false
+securityContext:
+  {{- include "hip.podSecurity" $root | nindent 2 }}
+{{- end -}}
+
+{{/* the API key, as a file: never an argument, which everybody on the machine can read */}}
+{{- define "hip.authEnv" -}}
+{{- if include "hip.authSecret" . }}
+- name: HIP_SGLANG_API_KEY_FILE
+  value: /etc/hip-sglang/auth/key
+{{- end }}
+{{- end -}}
+
+{{- define "hip.authMount" -}}
+{{- if include "hip.authSecret" . }}
+- name: auth
+  mountPath: /etc/hip-sglang/auth
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "hip.authVolume" -}}
+{{- with include "hip.authSecret" . }}
+- name: auth
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items:
+      - key: {{ $.Values.auth.generate | ternary "api-key" $.Values.auth.secretKey }}
+        path: key
+{{- end }}
+{{- end -}}
