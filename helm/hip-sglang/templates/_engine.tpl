@@ -124,7 +124,7 @@
 - name: shm
   emptyDir:
     medium: Memory
-    sizeLimit: {{ mulf $engine.memory.shmGiB 1024 | ceil | int64 }}Mi
+    sizeLimit: {{ include "hip.mib" $engine.memory.shmGiB }}Mi
 {{- with $engine.offload.disk }}
 {{- if and .sizeGiB .existingClaim }}
 - name: offload
@@ -192,9 +192,9 @@
 {{- $engine := .Values.engine -}}
 requests:
   cpu: {{ $engine.cpu | quote }}
-  memory: {{ include "hip.memory" . }}
+  memory: {{ include "hip.memoryMiB" . }}Mi
 limits:
-  memory: {{ include "hip.memory" . }}
+  memory: {{ include "hip.memoryMiB" . }}Mi
   {{- if eq $engine.device "cuda" }}
   {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . }}
   {{- end }}

@@ -18,26 +18,33 @@
 {{- div (mul $shape.layers $shape.kvHeads 2 $shape.headDim $bytes) (include "hip.podsPerReplica" . | int) -}}
 {{- end -}}
 
-{{/* the terms of the sum in GiB, as JSON: what is not there is 0 */}}
-{{- define "hip.memoryTerms" -}}
+{{/* the parts in MiB, each rounded up, as JSON */}}
+{{- define "hip.memoryParts" -}}
 {{- $engine := .Values.engine -}}
-{{- $weights := divf .Values.model.weightsGiB (include "hip.podsPerReplica" . | int) -}}
-{{- $kv := $engine.offload.enabled | ternary $engine.offload.hostGiB 0 -}}
-{{- dict "hostGiB" $kv "weights" $weights "shmGiB" $engine.memory.shmGiB "reserveGiB" $engine.memory.reserveGiB | toJson -}}
+{{- $offload := $engine.offload.enabled | ternary $engine.offload.hostGiB 0 -}}
+{{- $staging := mul (include "hip.ranksPerPod" . | int) (include "hip.mib" $engine.memory.stagingGiBPerRank | int64) -}}
+{{- dict
+  "offload" (include "hip.mib" $offload | int64)
+  "staging" $staging
+  "shm" (include "hip.mib" $engine.memory.shmGiB | int64)
+  "reserve" (include "hip.mib" $engine.memory.reserveGiB | int64) | toJson -}}
 {{- end -}}
 
-{{- define "hip.memoryGiB" -}}
-{{- $sum := 0.0 -}}
-{{- range include "hip.memoryTerms" . | fromJson | values }}{{ $sum = addf $sum . }}{{ end -}}
+{{- define "hip.mib" -}}
+{{- mulf . 1024 | ceil | int64 -}}
+{{- end -}}
+
+{{- define "hip.memoryMiB" -}}
+{{- $sum := 0 -}}
+{{- range include "hip.memoryParts" . | fromJson | values }}{{ $sum = add $sum (int64 .) }}{{ end -}}
 {{- $sum -}}
 {{- end -}}
 
-{{/* as Kubernetes writes it, rounded up */}}
-{{- define "hip.memory" -}}
-{{- mulf (include "hip.memoryGiB" . | float64) 1024 | ceil | int64 }}Mi
+{{- define "hip.gib" -}}
+{{- printf "%.1f" (divf . 1024) | trimSuffix ".0" -}}
 {{- end -}}
 
 {{- define "hip.memorySum" -}}
-{{- $terms := include "hip.memoryTerms" . | fromJson -}}
-{{ include "hip.memoryGiB" . }} GiB = {{ range $i, $name := list "hostGiB" "weights" "shmGiB" "reserveGiB" }}{{ if $i }} + {{ end }}{{ $name }} {{ index $terms $name }}{{ end }}
+{{- $parts := include "hip.memoryParts" . | fromJson -}}
+a pod with {{ include "hip.ranksPerPod" . }} of the ranks needs {{ include "hip.gib" (include "hip.memoryMiB" .) }} GiB (offloaded KV {{ include "hip.gib" $parts.offload }}, weights {{ include "hip.gib" $parts.staging }}, /dev/shm {{ include "hip.gib" $parts.shm }}, reserve {{ include "hip.gib" $parts.reserve }})
 {{- end -}}

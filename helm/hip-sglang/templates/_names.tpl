@@ -1,18 +1,18 @@
 {{/* names, labels and images */}}
 
 {{- define "hip.name" -}}
-{{- .Values.nameOverride | default .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 36 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* 40 characters: the longest suffix that follows is 22, and KubeRay adds its own */}}
+{{/* 36 characters: with a replica's number 40, as many as hip_cluster takes; KubeRay adds its own */}}
 {{- define "hip.fullname" -}}
 {{- $name := include "hip.name" . -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 36 | trimSuffix "-" -}}
 {{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 36 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 36 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 

@@ -33,3 +33,19 @@
     {{- end }}
 {{- end }}
 {{- end -}}
+
+{{/* an engine has its model in a volume, and nobody to call */}}
+{{- define "hip.engineEgress" -}}
+{{- with include "hip.rayPeers" (list . "to") | trim }}
+{{ . }}
+{{ include "hip.dns" $ }}
+{{- end }}
+{{- with .Values.networkPolicy.extraEgress }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* the labels of Prometheus by which this release's series are told from others */}}
+{{- define "hip.series" -}}
+namespace="{{ .Release.Namespace }}",pod=~"{{ include "hip.fullname" . }}-.+"
+{{- end -}}

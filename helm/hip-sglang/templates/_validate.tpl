@@ -14,9 +14,6 @@ image.repository is not set, and no image is published; build one and name it:
 {{- if and (eq $v.model.source "claim") (not $storage.existingClaim) }}
 model.storage.existingClaim is not set: name the PersistentVolumeClaim that holds the model, or set model.source to download
 {{- end }}
-{{- if and (ne $v.model.source "builtin") (not $v.model.weightsGiB) }}
-model.weightsGiB is 0: say how large the checkpoint's weights are (du -sh *.safetensors), a pod's memory is computed from it
-{{- end }}
 {{- if eq $v.model.source "download" }}
 {{- range list "repository" "revision" }}
 {{- if not (index $v.model.download .) }}
@@ -58,8 +55,8 @@ engine.offload.disk.existingClaim is for one pod; leave it out, and each pod has
 {{- else if $offload.disk.sizeGiB }}
 engine.offload.disk.sizeGiB={{ $offload.disk.sizeGiB }} needs engine.offload.enabled
 {{- end }}
-{{- if and $engine.memory.nodeGiB (gt (include "hip.memoryGiB" . | float64) ($engine.memory.nodeGiB | float64)) }}
-engine.memory.nodeGiB={{ $engine.memory.nodeGiB }} is less than a pod needs: {{ include "hip.memorySum" . }}; lower engine.offload.hostGiB, or take larger nodes
+{{- if and $engine.memory.limitGiB (gt (include "hip.memoryMiB" . | float64) (mulf $engine.memory.limitGiB 1024)) }}
+engine.memory.limitGiB={{ $engine.memory.limitGiB }} is too small: {{ include "hip.memorySum" . }}; raise it or lower a part
 {{- end }}
 {{- if and $engine.rdma.enabled (not $ray) }}
 engine.rdma.enabled is for ranks on several nodes; set engine.mode to ray, or leave it out
