@@ -1,0 +1,110 @@
+"""Every example renders, on both helms and every Kubernetes, to objects that its API accepts."""
+
+import json
+import re
+
+import pytest
+
+from tests.helm import chart
+
+EVERY = [(helm, version) for helm in chart.tools.HELM for version in chart.tools.KUBERNETES]
+
+
+def every_value(item):
+    if isinstance(item, dict):
+        for value in item.values():
+            yield from every_value(value)
+    elif isinstance(item, list):
+        for value in item:
+            yield from every_value(value)
+    else:
+        yield item
+
+
+@pytest.mark.parametrize("helm", chart.tools.HELM)
+@pytest.mark.parametrize("name", chart.CI)
+def test_lint_finds_nothing(name, helm):
+    said = chart.run("lint", "--strict", str(chart.CHART), "-f", str(chart.CI[name]), helm=helm)
+    assert "0 chart(s) failed" in said
+    assert "[WARNING]" not in said
+
+
+@pytest.mark.parametrize(("helm", "version"), EVERY)
+@pytest.mark.parametrize("name", chart.CI)
+def test_the_api_accepts_every_object(name, helm, version):
+    release = chart.render(chart.CI[name], helm=helm, kubernetes=version)
+    wrong = [problem for item in release.objects for problem in chart.problems(item, version)]
+    assert wrong == []
+    # an empty template writes nulls, which the API drops without a word
+    assert None not in list(every_value(release.objects))
+
+
+def test_a_wrong_object_is_not_accepted():
+    """The check itself: one unknown key in each kind of object is found."""
+    seen = {}
+    for name in chart.CI:
+        for item in chart.render(chart.CI[name]).objects:
+            seen.setdefault((item["apiVersion"], item["kind"]), item)
+    assert len(seen) >= 15
+    for item in seen.values():
+        body = next(key for key in ("spec", "rules", "roleRef", "metadata") if key in item)
+        broken = json.loads(json.dumps(item))
+        target = broken[body][0] if isinstance(broken[body], list) else broken[body]
+        target["surprise"] = 1
+        assert chart.problems(broken, "1.33"), item["kind"]
+
+
+def test_an_older_kubernetes_is_refused():
+    with pytest.raises(chart.RefusedError, match=r"1\.29"):
+        chart.render(chart.CI["minimal"], kubernetes="1.28")
+
+
+@pytest.mark.parametrize("name", chart.CI)
+def test_both_helms_write_the_same_twice(name):
+    text = chart.CI[name].read_text()
+    flags = [flag for api in chart.APIS for flag in ("--api-versions", api)]
+    once, twice = (chart.template_once(text, flags, "4", "1.33") for _ in range(2))
+    three = chart.template_once(text, flags, "3", "1.33")
+    assert once == twice
+    release = {json.dumps(item, sort_keys=True) for item in chart.Release(once).objects}
+    assert {json.dumps(item, sort_keys=True) for item in chart.Release(three).objects} == release
+
+
+def test_only_a_generated_key_differs_from_run_to_run():
+    values = chart.merged(chart.ci_values("minimal"), {"auth": {"generate": True}})
+    text = chart.yaml.dump(values)
+    first, second = (chart.Release(chart.template_once(text, [], "4", "1.33")) for _ in range(2))
+    assert first.one("Secret", "api-key")["data"] != second.one("Secret", "api-key")["data"]
+    assert [item for item in first.objects if item["kind"] != "Secret"] == [
+        item for item in second.objects if item["kind"] != "Secret"
+    ]
+
+
+@pytest.mark.parametrize("name", chart.CI)
+def test_no_secret_is_rendered(name):
+    values = chart.ci_values(name)
+    release = chart.render(values)
+    assert release.all("Secret") == []
+    for where, pod in release.pods():
+        spec = pod["spec"]
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            for variable in container.get("env", []):
+                if re.search(r"(KEY|TOKEN|PASSWORD)$", variable["name"]):
+                    assert set(variable) == {"name", "valueFrom"}, where
+            for argument in [*container.get("command", []), *container.get("args", [])]:
+                assert "key" not in argument.lower(), where
+
+
+def test_the_minimal_example_is_short():
+    assert len(chart.CI["minimal"].read_text().splitlines()) < 15
+
+
+def test_object_names_stay_within_bounds():
+    long = chart.merged(
+        chart.ci_values("ray-2x8"), {"fullnameOverride": "a" * 63, "engine": {"replicas": 3}}
+    )
+    release = chart.render(long)
+    for item in release.objects:
+        assert len(item["metadata"]["name"]) <= 63
+    # KubeRay's own bound
+    assert max(len(item["metadata"]["name"]) for item in release.all("RayCluster")) <= 47
