@@ -23,7 +23,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check bench numbers lock clean
+.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check helm-tools helm-test chart bench numbers lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,15 @@ type: setup ## mypy, strict, on the three packages
 kernels-check: setup ## compile every Triton kernel for sm_80, sm_90 and sm_100; no GPU is needed
 	$(BIN)/python scripts/kernels_check.py
 
+helm-tools: setup ## fetch helm 4 and 3, kubectl and Kubernetes' schemas into .tools
+	@$(BIN)/python scripts/helm_tools.py
+
+helm-test: helm-tools ## the chart: lint, render, validate, refuse; its slow tests run in make soak
+	$(BIN)/pytest tests/helm -m "not soak" $(ARGS)
+
+chart: helm-tools ## rewrite what the chart repeats: HipConfig's schema, its README, deploy/
+	$(BIN)/python scripts/write_chart.py
+
 bench: setup ## attention on this machine against dense, quickly
 	$(BIN)/hip-sglang bench attention --context 32768 --json
 
@@ -70,5 +79,5 @@ lock: setup ## rewrite requirements/lock.txt from a working .venv
 	scripts/lock.sh
 
 clean: ## remove .venv, caches and outputs
-	rm -rf .venv build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .tools build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -108,3 +108,16 @@ def test_object_names_stay_within_bounds():
         assert len(item["metadata"]["name"]) <= 63
     # KubeRay's own bound
     assert max(len(item["metadata"]["name"]) for item in release.all("RayCluster")) <= 47
+
+
+def test_large_numbers_are_written_as_numbers():
+    # helm reads numbers as floating point, and would write 1e+09
+    change = {
+        "securityContext": {"runAsUser": 1000650000, "runAsGroup": 1000650000},
+        "model": {"contextLength": 8388608},
+        "engine": {"offload": {"hostGiB": 2048, "deviceTokens": 16777216}},
+    }
+    for name in ("offload", "ray-2x8"):
+        values = chart.merged(chart.ci_values(name), change)
+        values["engine"]["memory"]["limitGiB"] = 0
+        assert "e+0" not in chart.render(values).text

@@ -43,7 +43,7 @@ model.shape.layers, kvHeads and headDim are needed with engine.offload: copy the
 {{- else }}
 {{- $tokens := div (mulf $offload.hostGiB 1073741824 | int64) (include "hip.kvBytesPerToken" . | int64) }}
 {{- if lt $tokens (int64 $v.model.contextLength) }}
-engine.offload.hostGiB={{ $offload.hostGiB }} holds {{ $tokens }} tokens of KV ({{ include "hip.kvBytesPerToken" . }} bytes each in a pod), and model.contextLength={{ $v.model.contextLength }}; raise the one or lower the other
+engine.offload.hostGiB={{ $offload.hostGiB }} holds {{ $tokens }} tokens of KV ({{ include "hip.kvBytesPerToken" . }} bytes each in a pod), and model.contextLength={{ int64 $v.model.contextLength }}; raise the one or lower the other
 {{- end }}
 {{- end }}
 {{- if and $offload.disk.existingClaim (not $offload.disk.sizeGiB) }}
