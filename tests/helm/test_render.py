@@ -115,7 +115,7 @@ def test_large_numbers_are_written_as_numbers():
     change = {
         "securityContext": {"runAsUser": 1000650000, "runAsGroup": 1000650000},
         "model": {"contextLength": 8388608},
-        "engine": {"offload": {"hostGiB": 2048, "deviceTokens": 16777216}},
+        "engine": {"offload": {"hostGiB": 8192, "deviceTokens": 16777216}},
     }
     for name in ("offload", "ray-2x8"):
         values = chart.merged(chart.ci_values(name), change)
