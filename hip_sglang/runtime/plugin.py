@@ -70,10 +70,11 @@ def _register() -> None:
 
 def _guard(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The first step of SGLang's resolution that we take part in: refuse before much is done."""
-    from hip_sglang.runtime import doors, requirements
+    from hip_sglang.runtime import api_key, doors, requirements
 
     wanted = requirements.asks_for_backend(server_args)
     with doors.errors_for(server_args):
+        api_key.settle_key(server_args)
         if wanted:
             check_loaded()
             requirements.check_arguments(server_args)

@@ -71,15 +71,15 @@ def test_the_router_is_reached_by_clients_and_tests():
     release = chart.render(chart.merged(chart.ci_values("minimal"), PEERS))
     router = labels("router")
     for who in (CLIENT, labels("test")):
-        assert allowed(release, who, router, 30000, "http")
+        assert allowed(release, who, router, 8000, "http")
         assert not allowed(release, who, router, 29000, "metrics")
     assert allowed(release, PROMETHEUS, router, 29000, "metrics")
-    assert not allowed(release, STRANGER, router, 30000, "http")
+    assert not allowed(release, STRANGER, router, 8000, "http")
 
 
 def test_everybody_is_a_client_where_none_is_named():
     release = chart.render(chart.CI["minimal"])
-    assert allowed(release, STRANGER, labels("router"), 30000, "http")
+    assert allowed(release, STRANGER, labels("router"), 8000, "http")
     assert not allowed(release, STRANGER, labels("engine"), 30000, "http")
 
 

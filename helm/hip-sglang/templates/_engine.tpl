@@ -72,7 +72,6 @@
   value: "1"
 - name: SGLANG_HEALTH_CHECK_TIMEOUT
   value: {{ .Values.probes.healthTimeoutSeconds | quote }}
-{{- include "hip.authEnv" . }}
 {{- with .Values.engine.extraEnv }}
 {{ toYaml . }}
 {{- end }}
@@ -91,9 +90,6 @@
 {{- if .Values.engine.offload.disk.sizeGiB }}
 - name: offload
   mountPath: /offload
-{{- end }}
-{{- with include "hip.authMount" . }}
-{{ . | trim }}
 {{- end }}
 {{- with .Values.engine.extraVolumeMounts }}
 {{ toYaml . }}
@@ -143,9 +139,6 @@
           requests:
             storage: {{ .sizeGiB | ceil | int64 }}Gi
 {{- end }}
-{{- end }}
-{{- with include "hip.authVolume" . }}
-{{ . | trim }}
 {{- end }}
 {{- with $engine.extraVolumes }}
 {{ toYaml . }}

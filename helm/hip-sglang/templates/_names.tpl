@@ -68,6 +68,10 @@ labels:
 {{- end -}}
 {{- end -}}
 
+{{- define "hip.authKey" -}}
+{{- .Values.auth.generate | ternary "api-key" .Values.auth.secretKey -}}
+{{- end -}}
+
 {{- define "hip.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: {{ int64 .Values.securityContext.runAsUser }}
@@ -123,7 +127,7 @@ securityContext:
     secretName: {{ . }}
     defaultMode: 0440
     items:
-      - key: {{ $.Values.auth.generate | ternary "api-key" $.Values.auth.secretKey }}
+      - key: {{ include "hip.authKey" $ }}
         path: key
 {{- end }}
 {{- end -}}

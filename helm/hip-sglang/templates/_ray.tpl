@@ -94,6 +94,11 @@ spec:
       env:
         - name: HOME
           value: /tmp
+        # a node that is busy is not dead: the supervisor sees a process that ends by itself
+        - name: RAY_health_check_timeout_ms
+          value: "30000"
+        - name: RAY_health_check_failure_threshold
+          value: "6"
       resources:
         {{- toYaml $root.Values.ray.headResources | nindent 8 }}
       securityContext:

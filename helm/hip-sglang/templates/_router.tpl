@@ -4,9 +4,9 @@
 - --host
 - 0.0.0.0
 - --port
-- "30000"
+- "8000"
 - --health-check-port
-- "30001"
+- "8001"
 - --prometheus-port
 - "29000"
 - --policy
