@@ -123,6 +123,13 @@ def test_ray_talks_among_its_own_on_every_port():
     assert not allowed(release, labels("router"), labels("head"), 8265)
 
 
+def test_prometheus_reaches_the_supervisor():
+    release = chart.render(chart.merged(chart.ci_values("ray-2x8"), PEERS))
+    assert allowed(release, PROMETHEUS, labels("head"), 8300, "metrics")
+    assert not allowed(release, PROMETHEUS, labels("head"), 8265, "dashboard")
+    assert not allowed(release, CLIENT, labels("head"), 8300, "metrics")
+
+
 @pytest.mark.parametrize("name", chart.CI)
 def test_every_pod_is_under_a_policy(name):
     release = chart.render(chart.CI[name])

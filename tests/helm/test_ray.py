@@ -186,3 +186,27 @@ def test_the_supervisor_and_ray_share_sockets_and_object_store(release):
             if mount["mountPath"] == path
         }
         assert len(names) == 1
+
+
+def test_every_part_is_scraped_at_a_port_that_it_has():
+    more = {
+        "monitoring": {"podMonitor": True},
+        "networkPolicy": {"prometheus": [{"podSelector": {}}]},
+    }
+    release = chart.render(chart.merged(chart.ci_values("ray-2x8"), more))
+    ports = {}
+    for _, pod in release.pods():
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        for container in pod["spec"]["containers"]:
+            names = {port["name"] for port in container.get("ports", [])}
+            ports[component] = ports.get(component, set()) | names
+    scraped = {
+        item["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]: item["spec"][
+            "podMetricsEndpoints"
+        ][0]["port"]
+        for item in release.all("PodMonitor")
+    }
+    assert set(scraped) == {"engine", "router", "head"}
+    assert all(port in ports[component] for component, port in scraped.items())
+    spec = document(release)
+    assert spec.supervisor.port == 8300

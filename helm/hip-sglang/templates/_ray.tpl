@@ -45,6 +45,10 @@ auth:
   api_key_file: /etc/hip-sglang/auth/key
   {{- end }}
   ray_token: true
+supervisor:
+  # metrics; its commands want a token that only it knows
+  host: 0.0.0.0
+  port: 8300
 limits:
   startup_s: {{ mul 60 $v.probes.startupMinutes }}.0
   drain_s: {{ $engine.maxRequestSeconds }}.0
@@ -109,6 +113,9 @@ spec:
       image: {{ include "hip.image" $root }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       command: [python, -m, hip_cluster.serve, /etc/hip-sglang/endpoint/endpoint.yaml]
+      ports:
+        - name: metrics
+          containerPort: 8300
       env:
         - name: HOME
           value: /tmp

@@ -1,0 +1,227 @@
+"""The rendered pods run: what ci/cpu-values.yaml renders is started here, and does what it says.
+
+Only mounts and Services are replaced (tests/helm/pod.py); arguments and variables are the chart's.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.helm import chart
+from tests.helm.pod import ADDRESS, Machine, probe, wait_until_started
+
+KEY = "sesame-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+INIT_SECONDS = 300
+
+needs_cpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+
+
+@pytest.fixture(scope="module")
+def release():
+    return chart.render(chart.CI["cpu"])
+
+
+@pytest.fixture(scope="module")
+def engine(release):
+    return release.one("Deployment", "engine")["spec"]["template"]["spec"]
+
+
+def port_of(container):
+    (port,) = (item["containerPort"] for item in container["ports"] if item["name"] == "http")
+    return port
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory, engine):
+    container = engine["containers"][0]
+    root = tmp_path_factory.mktemp("pod")
+    for mount in container["volumeMounts"]:
+        (root / mount["mountPath"].strip("/")).mkdir(parents=True, exist_ok=True)
+    (root / "etc/hip-sglang/auth/key").write_text(f"{KEY}\n")
+    return Machine(root, {ADDRESS: f"http://127.0.0.1:{port_of(container)}"})
+
+
+@pytest.fixture(scope="module")
+def running(machine, engine):
+    """(container, process, log) of the engine, after its init container, as a pod starts them."""
+    for container in engine["initContainers"]:
+        result = machine.run(container, INIT_SECONDS)
+        assert result.returncode == 0, result.stderr
+    container = engine["containers"][0]
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # the port is the chart's: another program here may have it
+        listener.bind(("0.0.0.0", port_of(container)))
+    log = machine.root / "engine.log"
+    with machine.start(container, log) as process:
+        wait_until_started(container, process)
+        yield container, process, log
+
+
+def processes(process):
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def generate(container, tokens, timeout=600):
+    body = {
+        "input_ids": list(range(100, 400)),
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+    }
+    url = f"http://127.0.0.1:{port_of(container)}/generate"
+    return httpx.post(url, json=body, headers=HEADERS, timeout=timeout)
+
+
+@pytest.mark.soak
+@pytest.mark.server
+@pytest.mark.timeout(1800)
+@needs_cpu
+class TestTheRenderedEngine:
+    def test_its_probes_pass(self, running):
+        container, _, _ = running
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert probe(container, name), name
+
+    def test_no_command_line_and_no_log_holds_the_key(self, running):
+        _, process, log = running
+        lines = [Path(f"/proc/{one.pid}/cmdline").read_bytes() for one in processes(process)]
+        assert len(lines) > 2
+        assert not [line for line in lines if KEY.encode() in line]
+        assert KEY not in log.read_text(errors="replace")
+
+    def test_it_listens_where_the_policies_expect_it(self, running):
+        container, process, _ = running
+        open_ports = {
+            connection.laddr.port
+            for one in processes(process)
+            for connection in one.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+            and not connection.laddr.ip.startswith(("127.", "::1"))
+        }
+        assert open_ports == {port_of(container)}
+
+    @pytest.mark.parametrize("check", ["health", "quote", "refusal"])
+    def test_helm_test_passes(self, running, release, machine, check):
+        (pod,) = (item for item in release.all("Pod") if item["metadata"]["name"].endswith(check))
+        folder = machine.root / "etc/hip-sglang/test"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "check.py").write_text(release.one("ConfigMap", "test")["data"]["check.py"])
+        result = machine.run(pod["spec"]["containers"][0], 300)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.startswith("ok")
+
+    def test_every_query_asks_for_what_it_exports(self, running):
+        container, _, _ = running
+        assert generate(container, 8).status_code == 200
+        url = f"http://127.0.0.1:{port_of(container)}/metrics"
+        exported = set(re.findall(r"^([a-z_]+:?[a-z_]+)[ {]", httpx.get(url).text, re.MULTILINE))
+        missing = {
+            (source, name)
+            for source, names in queried_metrics().items()
+            for name in names
+            if name not in exported and not name.startswith(("up", "smg_", "hip_cluster_"))
+        }
+        assert missing == set()
+
+    def test_a_pod_that_goes_finishes_what_it_began(self, running, engine):
+        """SIGTERM, as the kubelet sends it: the request that runs ends well, and readiness goes."""
+        container, process, _ = running
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(generate(container, 1500)))
+        asking.start()
+        time.sleep(3)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(1)
+        assert not answers, "the request was to be running still"
+        assert not probe(container, "readinessProbe")
+        asking.join(engine["terminationGracePeriodSeconds"])
+        (answer,) = answers
+        assert answer.status_code == 200
+        assert answer.json()["meta_info"]["completion_tokens"] == 1500
+        assert process.wait(engine["terminationGracePeriodSeconds"]) == 0
+        for name in ("readinessProbe", "livenessProbe"):
+            assert not probe(container, name)
+
+
+def queried_metrics():
+    """{where: names of metrics} of alerts, dashboard and autoscaling."""
+    release = chart.render(chart.CI["standalone"])
+    rules = release.all("PrometheusRule")[0]["spec"]["groups"][0]["rules"]
+    triggers = release.all("ScaledObject")[0]["spec"]["triggers"]
+    dashboard = json.loads((chart.ROOT / "deploy/grafana/hip-sglang.json").read_text())
+    queries = {rule["alert"]: rule["expr"] for rule in rules}
+    queries |= {f"trigger {n}": t["metadata"]["query"] for n, t in enumerate(triggers)}
+    queries |= {
+        f"panel {panel['title']} {target['refId']}": target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", [])
+    }
+    return {name: metrics_in(query) for name, query in queries.items()}
+
+
+def metrics_in(query):
+    """The names of series in a PromQL expression."""
+    without = re.sub(r'"[^"]*"', "", query)
+    without = re.sub(r"\b(by|ignoring|on|without)\s*\([^)]*\)", "", without)
+    return set(re.findall(r"\b((?:sglang:|hip_|smg_|up\b)[a-z_]*)", without))
+
+
+@pytest.mark.soak
+@pytest.mark.server
+@pytest.mark.timeout(1800)
+@needs_cpu
+def test_probes_fail_when_the_server_is_killed(machine, engine):
+    container = engine["containers"][0]
+    with machine.start(container, machine.root / "killed.log") as process:
+        wait_until_started(container, process)
+        assert probe(container, "livenessProbe")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not probe(container, "livenessProbe")
+        assert not probe(container, "readinessProbe")
+
+
+GPU_FILES = sorted(set(chart.CI) - {"cpu", "ray-2x8"})
+
+
+@pytest.mark.parametrize("name", GPU_FILES)
+def test_sglang_s_own_parser_takes_the_arguments(name):
+    from hip_sglang.config import HipConfig
+
+    spec = chart.render(chart.CI[name]).one("Deployment", "engine")["spec"]["template"]["spec"]
+    arguments = spec["containers"][0]["args"]
+    config = json.loads(arguments[arguments.index("--hip-config") + 1])
+    if "offload" in config and "offload" not in HipConfig.model_fields:
+        pytest.skip("HipConfig does not know offload yet")
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    parsed = prepare_server_args(["--attention-backend", "hip_attention", *arguments])
+    values = chart.ci_values(name)
+    assert parsed.tp_size == values.get("engine", {}).get("tensorParallel", 1)
+    assert parsed.served_model_name == values["model"]["name"]
+    assert parsed.enable_metrics
+    assert parsed._hip_config.budget == config.get("budget", 2048)
+
+
+@pytest.mark.parametrize("name", chart.CI)
+def test_smg_s_own_parser_takes_the_router_s_arguments(name):
+    from smg.launch_router import parse_router_args
+
+    spec = chart.render(chart.CI[name]).one("Deployment", "router")["spec"]["template"]["spec"]
+    parsed = parse_router_args(spec["containers"][0]["args"])
+    assert parsed.selector["app.kubernetes.io/component"] == "engine"
+    assert parsed.service_discovery_port == 30000
+    assert parsed.max_payload_size >= 1 << 24
