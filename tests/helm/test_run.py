@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ import pytest
 
 from tests.helm import chart
 from tests.helm.pod import ADDRESS, Machine, probe, wait_until_started
+from tests.helm.test_network import COMPONENTS, allowed, labels
 
 KEY = "sesame-of-the-tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -99,7 +101,7 @@ class TestTheRenderedEngine:
         assert not [line for line in lines if KEY.encode() in line]
         assert KEY not in log.read_text(errors="replace")
 
-    def test_it_listens_where_the_policies_expect_it(self, running):
+    def test_only_its_http_port_can_be_reached(self, running, release):
         container, process, _ = running
         open_ports = {
             connection.laddr.port
@@ -108,7 +110,11 @@ class TestTheRenderedEngine:
             if connection.status == psutil.CONN_LISTEN
             and not connection.laddr.ip.startswith(("127.", "::1"))
         }
-        assert open_ports == {port_of(container)}
+        assert port_of(container) in open_ports
+        # torch's store for its ranks listens everywhere, and only the pod itself may reach it
+        everybody = [labels(component) for component in COMPONENTS] + [{"app": "stranger"}]
+        for port, who in product(open_ports - {port_of(container)}, everybody):
+            assert not allowed(release, who, labels("engine"), port)
 
     @pytest.mark.parametrize("check", ["health", "quote", "refusal"])
     def test_helm_test_passes(self, running, release, machine, check):

@@ -155,7 +155,7 @@
   {{- if eq $source "builtin" }}
   command: [hip-sglang, demo, model, {{ include "hip.modelPath" . }}]
   {{- else }}
-  command: [python, /etc/hip-sglang/scripts/model.py, wait]
+  command: [python3, /etc/hip-sglang/scripts/model.py, wait]
   {{- end }}
   env:
     - name: HOME

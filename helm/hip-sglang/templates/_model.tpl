@@ -28,7 +28,7 @@ containers:
   - name: download
     image: {{ include "hip.image" . }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
-    command: [python, /etc/hip-sglang/scripts/model.py, fetch]
+    command: [python3, /etc/hip-sglang/scripts/model.py, fetch]
     env:
       - name: HOME
         value: /tmp

@@ -112,7 +112,7 @@ spec:
     - name: supervisor
       image: {{ include "hip.image" $root }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      command: [python, -m, hip_cluster.serve, /etc/hip-sglang/endpoint/endpoint.yaml]
+      command: [python3, -m, hip_cluster.serve, /etc/hip-sglang/endpoint/endpoint.yaml]
       ports:
         - name: metrics
           containerPort: 8300
