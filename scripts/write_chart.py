@@ -65,7 +65,10 @@ def schema() -> str:
         config["properties"].pop(name, None)
     nested = config.pop("$defs", {})
     values["$defs"]["hipConfig"] = config
-    values["$defs"] |= {name: nested[name] for name in sorted(nested) if name in json.dumps(config)}
+    used = json.dumps(config)
+    values["$defs"] |= {
+        name: nested[name] for name in sorted(nested) if f'"#/$defs/{name}"' in used
+    }
     return json.dumps(values, indent=2) + "\n"
 
 

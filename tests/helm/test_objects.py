@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from hip_sglang.config import HipConfig
+from hip_sglang.kv.memory import GIB as GIBIBYTE
+from hip_sglang.kv.memory import KVShape, MemoryPlan
 from tests.helm import chart
 
 CASES = chart.yaml.safe_load(
@@ -194,6 +197,45 @@ def test_host_memory_is_the_sum_that_hip_cluster_computes(case):
         assert mebibytes(container["resources"]["limits"]["memory"]) == case["mib"]["total"], where
         (shm,) = (volume for volume in spec["volumes"] if volume["name"] == "shm")
         assert mebibytes(shm["emptyDir"]["sizeLimit"]) == case["mib"]["shm"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "width", "tp", "dtype", "host_gib"),
+    [
+        (32, 8, 128, 1, "auto", 64),
+        (80, 8, 128, 4, "fp8_e4m3", 100.5),
+        (28, 4, 64, 2, "bfloat16", 7),
+    ],
+)
+def test_host_memory_holds_the_tokens_that_offload_counts(
+    layers, kv_heads, width, tp, dtype, host_gib
+):
+    model = {"num_hidden_layers": layers, "num_attention_heads": kv_heads * 4}
+    model |= {"num_key_value_heads": kv_heads, "head_dim": width}
+    shape = KVShape.of(model, itemsize=1 if dtype.startswith("fp8") else 2, tp=tp)
+    plan = MemoryPlan.of(
+        shape,
+        HipConfig.load({"offload": {"host_gib": host_gib}}),
+        host_bytes=int(host_gib * GIBIBYTE) // tp,
+        context=1 << 20,
+        running=1,
+        device_bytes=None,
+    )
+    values = chart.merged(
+        chart.ci_values("minimal"),
+        {
+            "model": {"shape": {"layers": layers, "kvHeads": kv_heads, "headDim": width}},
+            "engine": {
+                "tensorParallel": tp,
+                "kvCacheDtype": dtype,
+                "offload": {"enabled": True, "hostGiB": host_gib},
+            },
+        },
+    )
+    enough = chart.at("model.contextLength", plan.logical_tokens)
+    assert chart.render(chart.merged(values, enough)).objects
+    with pytest.raises(chart.RefusedError, match=f"holds {plan.logical_tokens} tokens"):
+        chart.render(chart.merged(values, chart.at("model.contextLength", plan.logical_tokens + 1)))
 
 
 def test_every_rank_of_a_pod_has_a_gpu():

@@ -108,27 +108,12 @@ IMPOSSIBLE = {
     "a context larger than the host's memory": (
         "offload",
         {"engine": {"offload": {"hostGiB": 64}}},
-        ["engine.offload.hostGiB=64", "524288 tokens", "model.contextLength=1048576"],
+        ["engine.offload.hostGiB=64", "524224 tokens", "model.contextLength=1048576"],
     ),
     "a pod larger than its node": (
         "offload",
         {"engine": {"memory": {"limitGiB": 200}}},
         ["engine.memory.limitGiB=200", "needs 284 GiB", "offloaded KV 256", "reserve 10"],
-    ),
-    "a disk without offload": (
-        "minimal",
-        {"engine": {"offload": {"disk": {"sizeGiB": 10}}}},
-        ["engine.offload.disk.sizeGiB=10"],
-    ),
-    "a disk of no size": (
-        "offload",
-        {"engine": {"offload": {"disk": {"existingClaim": "nvme"}}}},
-        ["engine.offload.disk.sizeGiB is 0"],
-    ),
-    "one disk for several pods": (
-        "offload",
-        {"engine": {"replicas": 2, "offload": {"disk": {"sizeGiB": 9, "existingClaim": "nvme"}}}},
-        ["engine.offload.disk.existingClaim"],
     ),
     "RDMA inside one pod": ("minimal", {"engine": {"rdma": {"enabled": True}}}, ["engine.rdma"]),
     "a key among the arguments": (

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from hip_sglang.config import HipConfig
 from tests.helm import chart
 from tests.helm.pod import ADDRESS, Machine, probe, wait_until_started
 from tests.helm.test_network import COMPONENTS, allowed, labels
@@ -75,9 +76,9 @@ def processes(process):
     return [parent, *parent.children(recursive=True)]
 
 
-def generate(container, tokens, timeout=600):
+def generate(container, tokens, prompt=300, timeout=600):
     body = {
-        "input_ids": list(range(100, 400)),
+        "input_ids": [100 + n % 1000 for n in range(prompt)],
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
     }
     url = f"http://127.0.0.1:{port_of(container)}/generate"
@@ -128,7 +129,9 @@ class TestTheRenderedEngine:
 
     def test_every_query_asks_for_what_it_exports(self, running):
         container, _, _ = running
-        assert generate(container, 8).status_code == 200
+        # beyond dense_threshold, and twice: sparse blocks, and a prefix that is found
+        for _ in range(2):
+            assert generate(container, 80, prompt=9000).status_code == 200
         url = f"http://127.0.0.1:{port_of(container)}/metrics"
         exported = set(re.findall(r"^([a-z_]+:?[a-z_]+)[ {]", httpx.get(url).text, re.MULTILINE))
         missing = {
@@ -202,13 +205,9 @@ GPU_FILES = sorted(set(chart.CI) - {"cpu", "ray-2x8"})
 
 @pytest.mark.parametrize("name", GPU_FILES)
 def test_sglang_s_own_parser_takes_the_arguments(name):
-    from hip_sglang.config import HipConfig
-
     spec = chart.render(chart.CI[name]).one("Deployment", "engine")["spec"]["template"]["spec"]
     arguments = spec["containers"][0]["args"]
     config = json.loads(arguments[arguments.index("--hip-config") + 1])
-    if "offload" in config and "offload" not in HipConfig.model_fields:
-        pytest.skip("HipConfig does not know offload yet")
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -219,7 +218,7 @@ def test_sglang_s_own_parser_takes_the_arguments(name):
     assert parsed.tp_size == values.get("engine", {}).get("tensorParallel", 1)
     assert parsed.served_model_name == values["model"]["name"]
     assert parsed.enable_metrics
-    assert parsed._hip_config.budget == config.get("budget", 2048)
+    assert parsed._hip_config == HipConfig.load(config)
 
 
 @pytest.mark.parametrize("name", chart.CI)

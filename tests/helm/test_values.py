@@ -35,6 +35,7 @@ CHANGES = {
     "engine.extraEnv": [{"name": "A", "value": "b"}],
     "engine.extraVolumes": [{"name": "more", "emptyDir": {}}],
     "engine.extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+    "engine.offload.deviceTokens": 131072,
     "engine.offload.missPolicy": "estimate",
     "engine.tolerations": [{"key": "a", "operator": "Exists"}],
     "engine.affinity": AFFINITY,

@@ -15,7 +15,6 @@
 {{- if $offload.enabled -}}
 {{- $keys := dict "host_gib" $offload.hostGiB "miss_policy" $offload.missPolicy -}}
 {{- with $offload.deviceTokens }}{{ $_ := set $keys "device_tokens" . }}{{ end -}}
-{{- with $offload.disk.sizeGiB }}{{ $_ := set $keys "disk_gib" . }}{{ $_ := set $keys "disk_path" "/offload" }}{{ end -}}
 {{- $_ := set $config "offload" $keys -}}
 {{- end -}}
 {{- toJson $config -}}
@@ -87,10 +86,6 @@
   mountPath: /cache
 - name: shm
   mountPath: /dev/shm
-{{- if .Values.engine.offload.disk.sizeGiB }}
-- name: offload
-  mountPath: /offload
-{{- end }}
 {{- with .Values.engine.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -121,25 +116,6 @@
   emptyDir:
     medium: Memory
     sizeLimit: {{ include "hip.mib" $engine.memory.shmGiB }}Mi
-{{- with $engine.offload.disk }}
-{{- if and .sizeGiB .existingClaim }}
-- name: offload
-  persistentVolumeClaim:
-    claimName: {{ .existingClaim }}
-{{- else if .sizeGiB }}
-- name: offload
-  ephemeral:
-    volumeClaimTemplate:
-      spec:
-        accessModes: [ReadWriteOnce]
-        {{- with .storageClass }}
-        storageClassName: {{ . }}
-        {{- end }}
-        resources:
-          requests:
-            storage: {{ .sizeGiB | ceil | int64 }}Gi
-{{- end }}
-{{- end }}
 {{- with $engine.extraVolumes }}
 {{ toYaml . }}
 {{- end }}

@@ -6,16 +6,23 @@
 {{- end -}}
 
 {{- define "hip.ranksPerPod" -}}
-{{- div .Values.engine.tensorParallel (include "hip.podsPerReplica" . | int) -}}
+{{- max 1 (div .Values.engine.tensorParallel (include "hip.podsPerReplica" . | int)) -}}
 {{- end -}}
 
-{{/* bytes of KV that one token takes, over all ranks of one pod */}}
+{{/* bytes of KV of one token in one rank */}}
 {{- define "hip.kvBytesPerToken" -}}
 {{- $shape := .Values.model.shape -}}
 {{- $bytes := eq .Values.engine.device "cpu" | ternary 4 2 -}}
 {{- if hasPrefix "fp8" .Values.engine.kvCacheDtype }}{{ $bytes = 1 }}{{ end -}}
 {{- if eq .Values.engine.kvCacheDtype "bfloat16" }}{{ $bytes = 2 }}{{ end -}}
-{{- div (mul $shape.layers $shape.kvHeads 2 $shape.headDim $bytes) (include "hip.podsPerReplica" . | int) -}}
+{{- div (mul $shape.layers $shape.kvHeads 2 $shape.headDim $bytes) .Values.engine.tensorParallel -}}
+{{- end -}}
+
+{{/* tokens that a rank's share of engine.offload.hostGiB holds, as hip_sglang.kv.memory counts them:
+     whole pages of 64, and one is SGLang's own */}}
+{{- define "hip.logicalTokens" -}}
+{{- $rank := div (mulf .Values.engine.offload.hostGiB 1073741824 | int64) (include "hip.ranksPerPod" . | int64) -}}
+{{- mul 64 (sub (div $rank (mul 64 (include "hip.kvBytesPerToken" . | int64))) 1) -}}
 {{- end -}}
 
 {{/* the parts in MiB, each rounded up, as JSON */}}

@@ -41,19 +41,11 @@ engine.nodes={{ $engine.nodes }} does not divide engine.tensorParallel={{ $engin
 {{- if not (and $shape.layers $shape.kvHeads $shape.headDim) }}
 model.shape.layers, kvHeads and headDim are needed with engine.offload: copy them from the model's config.json
 {{- else }}
-{{- $tokens := div (mulf $offload.hostGiB 1073741824 | int64) (include "hip.kvBytesPerToken" . | int64) }}
+{{- $tokens := include "hip.logicalTokens" . | int64 }}
 {{- if lt $tokens (int64 $v.model.contextLength) }}
-engine.offload.hostGiB={{ $offload.hostGiB }} holds {{ $tokens }} tokens of KV ({{ include "hip.kvBytesPerToken" . }} bytes each in a pod), and model.contextLength={{ int64 $v.model.contextLength }}; raise the one or lower the other
+engine.offload.hostGiB={{ $offload.hostGiB }} holds {{ max 0 $tokens }} tokens of KV ({{ include "hip.kvBytesPerToken" . }} bytes each in a rank), and model.contextLength={{ int64 $v.model.contextLength }}; raise the one or lower the other
 {{- end }}
 {{- end }}
-{{- if and $offload.disk.existingClaim (not $offload.disk.sizeGiB) }}
-engine.offload.disk.sizeGiB is 0: say how much of the claim {{ $offload.disk.existingClaim }} to use
-{{- end }}
-{{- if and $offload.disk.existingClaim (or $ray $v.autoscaling.enabled (gt (int $engine.replicas) 1)) }}
-engine.offload.disk.existingClaim is for one pod; leave it out, and each pod has a volume of its own
-{{- end }}
-{{- else if $offload.disk.sizeGiB }}
-engine.offload.disk.sizeGiB={{ $offload.disk.sizeGiB }} needs engine.offload.enabled
 {{- end }}
 {{- if and $engine.memory.limitGiB (gt (include "hip.memoryMiB" . | float64) (mulf $engine.memory.limitGiB 1024)) }}
 engine.memory.limitGiB={{ $engine.memory.limitGiB }} is too small: {{ include "hip.memorySum" . }}; raise it or lower a part
