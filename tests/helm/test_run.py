@@ -142,6 +142,26 @@ class TestTheRenderedEngine:
         }
         assert missing == set()
 
+    def test_the_router_carries_long_prompts_and_long_streams(self, running, release, machine):
+        """An 8 MB prompt, and a stream of five minutes, through the router as it is rendered."""
+        container, _, _ = running
+        spec = release.one("Deployment", "router")["spec"]["template"]["spec"]
+        router = without_discovery(spec["containers"][0], f"http://127.0.0.1:{port_of(container)}")
+        router["env"] = [*router["env"], {"name": "HIP_SGLANG_ROUTER_KEY", "value": KEY}]
+        with machine.start(router, machine.root / "router.log") as process:
+            url = f"http://127.0.0.1:{port_of(router)}"
+            wait_for_worker(url, process)
+            long = {"text": "quite long " * 800_000, "sampling_params": {"max_new_tokens": 1}}
+            answers = [
+                httpx.post(f"{to}/generate", json=long, headers=HEADERS, timeout=300)
+                for to in (url, f"http://127.0.0.1:{port_of(container)}")
+            ]
+            # the engine's own words on a prompt that is longer than its context
+            assert answers[0].status_code == answers[1].status_code == 400
+            assert "context length" in answers[0].text
+            assert httpx.post(f"{url}/generate", json={"text": "a"}).status_code == 401
+            assert streamed_for(url, 305) > 100
+
     def test_a_pod_that_goes_finishes_what_it_began(self, running, engine):
         """SIGTERM, as the kubelet sends it: the request that runs ends well, and readiness goes."""
         container, process, _ = running
@@ -153,6 +173,8 @@ class TestTheRenderedEngine:
         time.sleep(1)
         assert not answers, "the request was to be running still"
         assert not probe(container, "readinessProbe")
+        late = generate(container, 4)
+        print("late", late.status_code, late.text[:200])
         asking.join(engine["terminationGracePeriodSeconds"])
         (answer,) = answers
         assert answer.status_code == 200
@@ -160,6 +182,46 @@ class TestTheRenderedEngine:
         assert process.wait(engine["terminationGracePeriodSeconds"]) == 0
         for name in ("readinessProbe", "livenessProbe"):
             assert not probe(container, name)
+
+
+def without_discovery(container, worker):
+    """The router with one engine that is named: there is no Kubernetes here to ask."""
+    args = list(container["args"])
+    args.remove("--service-discovery")
+    for option, values in (("-namespace", 1), ("-port", 1), ("--selector", 3)):
+        name = option if option.startswith("--") else f"--service-discovery{option}"
+        start = args.index(name)
+        del args[start : start + 1 + values]
+    return {**container, "args": [*args, "--worker-urls", worker]}
+
+
+def wait_for_worker(url, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readiness", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
+    raise ChildProcessError("the router is not ready")
+
+
+def streamed_for(url, seconds):
+    """Reads a stream for so long; how many pieces came in its last ten seconds."""
+    body = {
+        "input_ids": list(range(100, 400)),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 30_000, "ignore_eos": True},
+        "stream": True,
+    }
+    began, late = time.monotonic(), 0
+    with httpx.stream("POST", f"{url}/generate", json=body, headers=HEADERS, timeout=60) as answer:
+        for line in answer.iter_lines():
+            passed = time.monotonic() - began
+            late += passed > seconds - 10 and line.startswith("data:")
+            if passed > seconds:
+                return late
+    raise AssertionError(f"the stream ended after {time.monotonic() - began:.0f} s")
 
 
 def queried_metrics():

@@ -28,6 +28,8 @@
 - {{ $v.engine.maxRequestSeconds | int64 | quote }}
 - --max-payload-size
 - {{ include "hip.bodyBytes" . | quote }}
+- --max-buffered-request-bytes
+- {{ include "hip.bodyBytes" . | quote }}
 {{- range $v.router.extraArgs }}
 - {{ . | quote }}
 {{- end }}
