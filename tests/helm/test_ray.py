@@ -176,8 +176,11 @@ def test_ray_asks_for_a_token(release):
     assert reference == {"name": "x-hip-sglang-0", "key": "auth_token"}
 
 
-def test_the_supervisor_and_ray_share_sockets_and_object_store(release):
-    containers = cluster(release)["headGroupSpec"]["template"]["spec"]["containers"]
+def test_the_supervisor_and_ray_share_processes_sockets_and_object_store(release):
+    """Seen here: in a process namespace of its own a driver finds no raylet, and gives up."""
+    spec = cluster(release)["headGroupSpec"]["template"]["spec"]
+    assert spec["shareProcessNamespace"] is True
+    containers = spec["containers"]
     for path in ("/tmp", "/dev/shm"):
         names = {
             mount["name"]

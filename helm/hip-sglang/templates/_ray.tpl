@@ -79,6 +79,8 @@ metadata:
 spec:
   {{- include "hip.podCommon" (list $root (include "hip.serviceAccount" $root)) | nindent 2 }}
   automountServiceAccountToken: false
+  # a driver finds its raylet among the processes that it sees
+  shareProcessNamespace: true
   terminationGracePeriodSeconds: {{ include "hip.graceSeconds" $root }}
   {{- with $root.Values.ray.headAffinity }}
   affinity:
