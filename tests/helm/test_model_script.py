@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.helm import chart
+from tests.helm.hub import hub
 
 SCRIPT = chart.CHART / "files" / "model.py"
 WANTED = {"repository": "owner/model", "revision": "a" * 40}
@@ -48,43 +49,71 @@ def test_a_file_that_was_cut_off_is_noticed(model, complete):
     assert "not as it was downloaded" in model.missing(complete, WANTED)
 
 
-def test_wrong_content_is_removed_and_refused(model, tmp_path):
-    class Lfs:
-        sha256 = "0" * 64
-
-    class Entry:
-        lfs = Lfs()
-
-    file = tmp_path / "weights"
-    file.write_bytes(b"other bytes")
-    with pytest.raises(SystemExit, match="has the checksum"):
-        model.compare(file, Entry())
-    assert not file.exists()
+FILES = {
+    "config.json": b'{"layers": 2}',
+    "weights.safetensors": b"w" * 5000,
+    "notes.md": b"not asked for",
+}
 
 
-def test_small_files_are_compared_as_git_does(model, tmp_path):
-    class Entry:
-        lfs = None
-        # git hash-object of "hello\n"
-        blob_id = "ce013625030ba8dba906f756967f9e9ca394464a"
+def environment_for(path, **more):
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(path),
+        "HIP_MODEL_PATH": str(path / "models" / "model"),
+        "HIP_MODEL_REPOSITORY": WANTED["repository"],
+        "HIP_MODEL_REVISION": WANTED["revision"],
+        "HIP_MODEL_PATTERNS": '["*.json", "*.safetensors"]',
+        **more,
+    }
 
-    file = tmp_path / "config.json"
-    file.write_bytes(b"hello\n")
-    model.compare(file, Entry())
-    assert file.exists()
+
+def fetch(path, files=FILES, says=FILES):
+    """Run the Job's command against a hub that has ``files``, with the checksums of ``says``."""
+    with hub(files, says) as url:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), "fetch"],
+            env=environment_for(path, HF_ENDPOINT=url),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+def test_the_hub_s_own_client_fetches_what_was_asked_for(model, tmp_path):
+    result = fetch(tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "models" / "model"
+    assert (folder / "weights.safetensors").read_bytes() == FILES["weights.safetensors"]
+    assert not (folder / "notes.md").exists()
+    assert model.missing(folder, WANTED) is None
+
+
+def test_a_model_that_is_there_is_not_fetched_again(tmp_path):
+    assert fetch(tmp_path).returncode == 0
+    # a hub that has nothing: it is not asked
+    again = fetch(tmp_path, files={}, says={})
+    assert again.returncode == 0
+    assert "downloading" not in again.stdout
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
+def test_wrong_content_is_removed_and_refused(model, tmp_path, name):
+    broken = FILES[name][:-1] + b"?"
+    result = fetch(tmp_path, files={**FILES, name: broken})
+    assert result.returncode != 0
+    assert "has the checksum" in result.stderr
+    folder = tmp_path / "models" / "model"
+    assert not (folder / name).exists()
+    assert model.missing(folder, WANTED) is not None
 
 
 def test_a_pod_waits_until_the_model_is_there(complete):
     marker = complete / ".hip-sglang-model.json"
     text = marker.read_text()
     marker.unlink()
-    environment = {
-        **os.environ,
-        "HIP_MODEL_PATH": str(complete),
-        "HIP_MODEL_REPOSITORY": WANTED["repository"],
-        "HIP_MODEL_REVISION": WANTED["revision"],
-        "HIP_MODEL_PATTERNS": "[]",
-    }
+    environment = environment_for(complete, HIP_MODEL_PATH=str(complete))
     with subprocess.Popen(
         [sys.executable, str(SCRIPT), "wait"],
         env=environment,
