@@ -39,6 +39,70 @@ def test_the_api_accepts_every_object(name, helm, version):
     assert None not in list(every_value(release.objects))
 
 
+PEERS = [{"podSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]
+# what no example has
+VARIANTS = {
+    "hpa": ("standalone", {"autoscaling": {"kind": "hpa", "queueTarget": 1.5}}),
+    "generated key": ("minimal", {"auth": {"generate": True}}),
+    "no router": ("standalone", {"router": {"enabled": False}}),
+    "ray, watched": (
+        "ray-2x8",
+        {
+            "monitoring": {"podMonitor": True, "rules": True},
+            "networkPolicy": {"prometheus": PEERS, "extraEgress": [{"to": PEERS}]},
+            "ray": {"existingAuthSecret": "ray-token"},
+        },
+    ),
+    "everything added": (
+        "airgapped",
+        {
+            "engine": {
+                "extraArgs": ["--watchdog-timeout", "600"],
+                "extraEnv": [
+                    {"name": "A", "value": "b"},
+                    {"name": "B", "valueFrom": {"secretKeyRef": {"name": "c", "key": "d"}}},
+                ],
+                "extraVolumes": [{"name": "more", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+                "podLabels": {"team": "a"},
+                "podAnnotations": {"note": "b"},
+                "nodeSelector": {"zone": "a"},
+                "tolerations": [{"key": "a", "operator": "Exists", "effect": "NoSchedule"}],
+                "affinity": {"nodeAffinity": {}},
+                "priorityClassName": "high",
+                "runtimeClassName": "nvidia",
+                "memory": {"lock": True},
+            },
+            "router": {"tolerations": [{"operator": "Exists"}], "affinity": {"podAffinity": {}}},
+            "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+            "networkPolicy": {"clients": PEERS, "kubernetesApi": PEERS},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("version", [chart.tools.KUBERNETES[0], chart.tools.KUBERNETES[-1]])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_api_accepts_what_no_example_has(name, version):
+    example, change = VARIANTS[name]
+    release = chart.render(chart.merged(chart.ci_values(example), change), kubernetes=version)
+    wrong = [problem for item in release.objects for problem in chart.problems(item, version)]
+    assert wrong == []
+    assert None not in list(every_value(release.objects))
+
+
+def test_the_notes_say_how_to_ask():
+    # helm 3 renders notes only where it reaches a cluster
+    command = ["install", "x", str(chart.CHART), "--dry-run=client", "--namespace", "ns"]
+    said = chart.run(*command, "-f", str(chart.CI["cpu"]))
+    notes = said[said.index("NOTES:") :]
+    assert "helm -n ns test x" in notes
+    assert "curl localhost:8000/v1/completions" in notes
+    assert "get secret retrieval-api-key" in notes
+    assert "<no value>" not in said
+    assert "Everybody who reaches it" not in notes
+
+
 def test_a_wrong_object_is_not_accepted():
     """The check itself: one unknown key in each kind of object is found."""
     seen = {}
