@@ -103,8 +103,15 @@ def test_every_alert_has_a_runbook(rule):
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus)")
-def test_promtool_accepts_the_rules():
-    command = ["promtool", "check", "rules", str(DEPLOY / "prometheus" / "alerts.yaml")]
+def test_promtool_accepts_alerts_and_queries(tmp_path):
+    """The alerts as they are; queries of dashboard and autoscaling as rules of their own."""
+    queries = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]]
+    scaled = chart.render(chart.CI["standalone"]).all("ScaledObject")[0]["spec"]["triggers"]
+    queries += [trigger["metadata"]["query"] for trigger in scaled]
+    rules = [{"record": f"query:{n}", "expr": query} for n, query in enumerate(queries)]
+    file = tmp_path / "queries.yaml"
+    file.write_text(chart.yaml.dump({"groups": [{"name": "queries", "rules": rules}]}))
+    command = ["promtool", "check", "rules", str(DEPLOY / "prometheus" / "alerts.yaml"), str(file)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
