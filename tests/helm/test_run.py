@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -145,40 +146,40 @@ class TestTheRenderedEngine:
     def test_the_router_carries_long_prompts_and_long_streams(self, running, release, machine):
         """An 8 MB prompt, and a stream of five minutes, through the router as it is rendered."""
         container, _, _ = running
-        spec = release.one("Deployment", "router")["spec"]["template"]["spec"]
-        router = without_discovery(spec["containers"][0], f"http://127.0.0.1:{port_of(container)}")
-        router["env"] = [*router["env"], {"name": "HIP_SGLANG_ROUTER_KEY", "value": KEY}]
-        with machine.start(router, machine.root / "router.log") as process:
-            url = f"http://127.0.0.1:{port_of(router)}"
-            wait_for_worker(url, process)
+        with routed(container, release, machine) as (router, _):
+            urls = [f"http://127.0.0.1:{port_of(one)}" for one in (router, container)]
             long = {"text": "quite long " * 800_000, "sampling_params": {"max_new_tokens": 1}}
             answers = [
-                httpx.post(f"{to}/generate", json=long, headers=HEADERS, timeout=300)
-                for to in (url, f"http://127.0.0.1:{port_of(container)}")
+                httpx.post(f"{url}/generate", json=long, headers=HEADERS, timeout=300)
+                for url in urls
             ]
             # the engine's own words on a prompt that is longer than its context
             assert answers[0].status_code == answers[1].status_code == 400
             assert "context length" in answers[0].text
-            assert httpx.post(f"{url}/generate", json={"text": "a"}).status_code == 401
-            assert streamed_for(url, 305) > 100
-            self.drained(router, process)
+            assert httpx.post(f"{urls[0]}/generate", json={"text": "a"}).status_code == 401
+            assert streamed_for(urls[0], 305) > 100
 
-    def drained(self, router, process):
-        """A router that is told to go finishes what runs through it, and takes nothing new."""
-        answers = []
-        asking = threading.Thread(target=lambda: answers.append(generate(router, 1500)))
-        asking.start()
-        time.sleep(3)
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(2)
-        assert not answers, "the request was to be running still"
-        assert not probe(router, "readinessProbe")
-        assert generate(router, 4).status_code == 503
-        asking.join(600)
-        (answer,) = answers
-        assert answer.status_code == 200
-        assert answer.json()["meta_info"]["completion_tokens"] == 1500
-        assert process.wait(120) == 0
+    def test_a_router_that_goes_finishes_what_it_began(self, running, release, machine):
+        container, _, _ = running
+        with routed(container, release, machine) as (router, process):
+            answers = []
+            asking = threading.Thread(target=lambda: answers.append(generate(router, 2000)))
+            asking.start()
+            time.sleep(3)
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(2)
+            assert not probe(router, "readinessProbe")
+            # who has not heard of it is still answered, for five seconds
+            assert generate(router, 4).status_code == 200
+            time.sleep(8)
+            assert not answers, "the request was to be running still"
+            with pytest.raises(httpx.ConnectError):
+                generate(router, 4)
+            asking.join(600)
+            (answer,) = answers
+            assert answer.status_code == 200
+            assert answer.json()["meta_info"]["completion_tokens"] == 2000
+            assert process.wait(120) == 0
 
     def test_a_pod_that_goes_finishes_what_it_began(self, running, engine):
         """SIGTERM, as the kubelet sends it: the request that runs ends well, and readiness goes."""
@@ -200,6 +201,17 @@ class TestTheRenderedEngine:
         assert process.wait(engine["terminationGracePeriodSeconds"]) == 0
         for name in ("readinessProbe", "livenessProbe"):
             assert not probe(container, name)
+
+
+@contextmanager
+def routed(container, release, machine):
+    """(router, process) of the rendered router before the engine that runs."""
+    spec = release.one("Deployment", "router")["spec"]["template"]["spec"]
+    router = without_discovery(spec["containers"][0], f"http://127.0.0.1:{port_of(container)}")
+    router["env"] = [*router["env"], {"name": "HIP_SGLANG_ROUTER_KEY", "value": KEY}]
+    with machine.start(router, machine.root / "router.log") as process:
+        wait_for_worker(f"http://127.0.0.1:{port_of(router)}", process)
+        yield router, process
 
 
 def without_discovery(container, worker):
