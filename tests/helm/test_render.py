@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 
 import pytest
 
@@ -37,6 +38,15 @@ def test_the_api_accepts_every_object(name, helm, version):
     assert wrong == []
     # an empty template writes nulls, which the API drops without a word
     assert None not in list(every_value(release.objects))
+
+
+@pytest.mark.parametrize("helm", chart.tools.HELM)
+def test_a_package_holds_what_its_pods_run_and_no_example(helm, tmp_path):
+    chart.run("package", str(chart.CHART), "--destination", str(tmp_path), helm=helm)
+    with tarfile.open(tmp_path / "hip-sglang-0.1.0.tgz") as package:
+        names = {name.removeprefix("hip-sglang/") for name in package.getnames()}
+    assert {"values.schema.json", "README.md", "files/model.py", "files/check.py"} <= names
+    assert not [name for name in names if name.startswith("ci/")]
 
 
 PEERS = [{"podSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]
