@@ -181,6 +181,18 @@ class TestTheRenderedEngine:
             assert answer.json()["meta_info"]["completion_tokens"] == 2000
             assert process.wait(120) == 0
 
+    def test_probes_fail_when_it_is_killed(self, machine, engine):
+        """One of its own, on another port: the others need theirs."""
+        container = with_port(engine["containers"][0], 30100)
+        with machine.start(container, machine.root / "killed.log") as process:
+            wait_until_started(container, process)
+            for name in ("livenessProbe", "readinessProbe"):
+                assert probe(container, name)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for name in ("livenessProbe", "readinessProbe"):
+                assert not probe(container, name)
+
     def test_a_pod_that_goes_finishes_what_it_began(self, running, engine):
         """SIGTERM, as the kubelet sends it: the request that runs ends well, and readiness goes."""
         container, process, _ = running
@@ -201,6 +213,13 @@ class TestTheRenderedEngine:
         assert process.wait(engine["terminationGracePeriodSeconds"]) == 0
         for name in ("readinessProbe", "livenessProbe"):
             assert not probe(container, name)
+
+
+def with_port(container, port):
+    """The container with another port: one port of this machine serves one server at a time."""
+    args = [str(port) if word == str(port_of(container)) else word for word in container["args"]]
+    ports = [{**item, "containerPort": port} for item in container["ports"]]
+    return {**container, "args": args, "ports": ports}
 
 
 @contextmanager
@@ -275,21 +294,6 @@ def metrics_in(query):
     without = re.sub(r'"[^"]*"', "", query)
     without = re.sub(r"\b(by|ignoring|on|without)\s*\([^)]*\)", "", without)
     return set(re.findall(r"\b((?:sglang:|hip_|smg_|up\b)[a-z_]*)", without))
-
-
-@pytest.mark.soak
-@pytest.mark.server
-@pytest.mark.timeout(1800)
-@needs_cpu
-def test_probes_fail_when_the_server_is_killed(machine, engine):
-    container = engine["containers"][0]
-    with machine.start(container, machine.root / "killed.log") as process:
-        wait_until_started(container, process)
-        assert probe(container, "livenessProbe")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not probe(container, "livenessProbe")
-        assert not probe(container, "readinessProbe")
 
 
 GPU_FILES = sorted(set(chart.CI) - {"cpu", "ray-2x8"})
