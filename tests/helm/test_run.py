@@ -56,11 +56,16 @@ def machine(tmp_path_factory, engine):
 
 
 @pytest.fixture(scope="module")
-def running(machine, engine):
-    """(container, process, log) of the engine, after its init container, as a pod starts them."""
+def initialised(machine, engine):
+    """What a pod does before its container starts."""
     for container in engine["initContainers"]:
         result = machine.run(container, INIT_SECONDS)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def running(machine, engine, initialised):
+    """(container, process, log) of the engine."""
     container = engine["containers"][0]
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,7 +186,7 @@ class TestTheRenderedEngine:
             assert answer.json()["meta_info"]["completion_tokens"] == 2000
             assert process.wait(120) == 0
 
-    def test_probes_fail_when_it_is_killed(self, machine, engine):
+    def test_probes_fail_when_it_is_killed(self, machine, engine, initialised):
         """One of its own, on another port: the others need theirs."""
         container = with_port(engine["containers"][0], 30100)
         with machine.start(container, machine.root / "killed.log") as process:
