@@ -64,7 +64,7 @@ helm-tools: setup ## fetch helm 4 and 3, kubectl and Kubernetes' schemas into .t
 	@$(BIN)/python scripts/helm_tools.py
 
 helm-test: helm-tools ## the chart: lint, render, validate, refuse; its slow tests run in make soak
-	$(BIN)/pytest tests/helm -m "not soak" $(ARGS)
+	$(TWO_AT_A_TIME) tests/helm -m "not soak" $(ARGS)
 
 chart: helm-tools ## rewrite what the chart repeats: HipConfig's schema, its README, deploy/
 	$(BIN)/python scripts/write_chart.py
