@@ -32,8 +32,11 @@ def placement(spec: EndpointSpec) -> Placement:
     bundle = {"CPU": float(parallel.ranks_per_node * parallel.cpus_per_rank)}
     if parallel.device == "cuda":
         bundle["GPU"] = float(parallel.ranks_per_node)
+    bundles = [dict(bundle) for _ in range(parallel.nodes)]
+    if parallel.serving_resource is not None:
+        bundles[0][parallel.serving_resource] = 1.0
     return Placement(
-        bundles=tuple(dict(bundle) for _ in range(parallel.nodes)),
+        bundles=tuple(bundles),
         # Ray's SPREAD would put two on one machine where others are full
         strategy="STRICT_PACK" if parallel.nodes == 1 else "STRICT_SPREAD",
     )

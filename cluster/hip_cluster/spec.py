@@ -66,6 +66,12 @@ class Parallel(Section):
         default=1, description="processors that Ray sets aside for each rank"
     )
 
+    serving_resource: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="a custom Ray resource: the machine that has it holds rank 0 and serves HTTP; "
+        "default: any machine",
+    )
+
     @model_validator(mode="after")
     def _equal_shares(self) -> Self:
         if self.ranks % self.nodes:

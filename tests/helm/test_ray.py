@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from hip_cluster.placement import placement
 from hip_cluster.spec import EndpointSpec
 
 from tests.helm import chart
@@ -110,7 +111,11 @@ def test_the_router_discovers_the_pod_that_serves(release):
 def test_one_worker_has_the_resource_that_the_serving_ranks_ask_for(release):
     parameters = {name: group["rayStartParams"] for name, group in groups(release).items()}
     # KubeRay writes the value into a shell's command line, so it is quoted twice
-    assert json.loads(parameters["rank0"]["resources"].strip("'")) == {"hip_rank0": 1}
+    offered = json.loads(parameters["rank0"]["resources"].strip("'"))
+    assert offered == {"hip_rank0": 1}
+    first, *others = placement(document(release)).bundles
+    assert {name: first[name] for name in offered} == offered
+    assert not [bundle for bundle in others if offered.keys() & bundle.keys()]
     assert "resources" not in parameters["ranks"]
     assert groups(release)["rank0"]["replicas"] == 1
 

@@ -20,6 +20,7 @@ parallel:
   tp: {{ $engine.tensorParallel }}
   nodes: {{ $engine.nodes }}
   device: {{ $engine.device }}
+  serving_resource: hip_rank0
 {{- with $engine.offload }}
 {{- if .enabled }}
 offload:
