@@ -68,7 +68,9 @@ class EngineActor:
     def __init__(
         self, group: bytes, environment: dict[str, str], placement_group: PlacementGroup
     ) -> None:
-        adopt(environment)
+        # a probe that generates waits behind a long prefill, and a router would give up a replica
+        # that reads; who is dead or hangs the supervisor knows
+        adopt({**environment, "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"})
         self._group: Group = pickle.loads(group)
         self._placement_group = placement_group
         self._janitor = Janitor()
