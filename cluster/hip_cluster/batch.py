@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hip_cluster.answers import Answers, open_answers
 from hip_cluster.jobs import READ_SECONDS, Batch, Group, Inputs
-from hip_cluster.secret import Secret, read_key
+from hip_cluster.keys import read_key
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.demo.server import unwind_on_signals
+from hip_sglang.secret import Secret
 
 app = typer.Typer(add_completion=False)
 CONNECT_SECONDS = 10.0

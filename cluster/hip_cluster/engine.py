@@ -26,8 +26,8 @@ from hip_cluster.environment import adopt, carried
 from hip_cluster.janitor import Janitor
 from hip_cluster.link import Link, Member, Progress
 from hip_cluster.ports import free_port, require_free
-from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
+from hip_sglang.secret import Secret
 
 # Ray would hide every GPU from the HTTP server's process, which has none, and SGLang asks there
 # what kind of GPU the ranks have

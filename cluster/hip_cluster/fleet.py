@@ -19,7 +19,6 @@ from hip_cluster.metrics import Metrics
 from hip_cluster.placement import placement
 from hip_cluster.ray_cluster import Attempt, ClusterError, RayCluster
 from hip_cluster.router import Router
-from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
 from hip_cluster.supervisor import (
     Action,
@@ -44,6 +43,7 @@ from hip_cluster.supervisor import (
     step,
 )
 from hip_cluster.timing import hang_seconds
+from hip_sglang.secret import Secret
 
 TICK_SECONDS = 0.1
 # how long processes get to end after they were told to; then Ray's word has to do

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hip_cluster.link import Member, Progress, set_keepalive
-from hip_cluster.secret import Secret
+from hip_sglang.secret import Secret
 
 HELLO_SECONDS = 10.0
 

@@ -19,8 +19,8 @@ import httpx
 
 from hip_cluster.ports import free_port
 from hip_cluster.ray_cluster import ClusterError
-from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
+from hip_sglang.secret import Secret
 
 KEY_VARIABLE = "HIP_SGLANG_ROUTER_KEY"
 START_SECONDS = 60.0

@@ -19,9 +19,9 @@ import typer
 
 from hip_cluster import state
 from hip_cluster.cli import load
+from hip_cluster.keys import read_key
 from hip_cluster.ports import require_free
 from hip_cluster.ray_cluster import ClusterError, RayCluster, head_is_gone, require_token
-from hip_cluster.secret import read_key
 from hip_cluster.spec import EndpointSpec
 from hip_sglang.cli_errors import CliError, one_line_errors
 

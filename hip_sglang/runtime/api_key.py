@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hip_sglang.runtime.requirements import UnsupportedError
+from hip_sglang.secret import Secret
 
 FILE_VARIABLE = "HIP_SGLANG_API_KEY_FILE"
-
-
-class Secret(str):
-    """A string whose ``repr`` says nothing, for SGLang writes its arguments into its log."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
 
 
 def settle_key(server_args: Any) -> None:

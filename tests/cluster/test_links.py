@@ -11,9 +11,11 @@ import sys
 import time
 
 import pytest
+from hip_cluster.keys import read_key
 from hip_cluster.link import Member, Progress
 from hip_cluster.links import LinkServer, Wire
-from hip_cluster.secret import Secret, read_key
+
+from hip_sglang.secret import Secret
 
 RANK = """
 import sys, time

@@ -15,8 +15,9 @@ from hip_cluster.control import Control
 from hip_cluster.metrics import Metrics
 from hip_cluster.ports import free_port
 from hip_cluster.router import Router, RouterError, command
-from hip_cluster.secret import Secret
 from hip_cluster.spec import EndpointSpec
+
+from hip_sglang.secret import Secret
 
 KEY = Secret("the-key-of-the-router")
 

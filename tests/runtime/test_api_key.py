@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 
-from hip_sglang.runtime.api_key import FILE_VARIABLE, Secret
+from hip_sglang.runtime.api_key import FILE_VARIABLE
+from hip_sglang.secret import Secret
 
 
 @pytest.fixture
