@@ -165,7 +165,9 @@ def test_demo_runs_and_its_verdict_is_the_exit_code(recorded_demo, tmp_path):
     document.write_text("text")
     argv = ["demo", "--doc", str(document), "--out", str(tmp_path), "--context", "8192"]
     assert cli.run(argv) == 1
-    assert recorded_demo == [((document, tmp_path, 8192), {})]
+    assert cli.run([*argv, "--offload"]) == 1
+    given = (document, tmp_path, 8192)
+    assert recorded_demo == [(given, {"offload": False}), (given, {"offload": True})]
 
 
 def test_demo_model_does_not_run_the_demo(recorded_demo, monkeypatch, tmp_path, capsys):
