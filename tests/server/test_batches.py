@@ -83,6 +83,7 @@ def assert_same(found: dict[int, list[float]], alone: dict[int, list[float]]) ->
         assert values == pytest.approx(alone[length], abs=TOLERANCE), length
 
 
+@pytest.mark.soak
 def test_sparse_attention_was_at_work(serve: Serve, alone: dict[int, list[float]]) -> None:
     everything = serve("--hip-preset", "dense")
     for length in LENGTHS[1:]:
@@ -189,7 +190,7 @@ def come_and_go(server: Server, stop: threading.Event) -> int:
 @pytest.mark.parametrize(
     "size",
     [
-        pytest.param(("64",), id="a page"),
+        pytest.param(("64",), id="a page", marks=pytest.mark.soak),
         pytest.param(("704",), id="no divisor"),
         # not all have room at once
         pytest.param(("1024", "--max-total-tokens", "4096"), id="short of memory"),

@@ -85,6 +85,8 @@ if __name__ == "__main__":
     assert '"prefill":"dense"' in run.stderr + run.stdout
 
 
+# in the gate tests/cluster has two ranks, on Ray
+@pytest.mark.soak
 def test_two_ranks_answer_as_one_does(serve: Serve) -> None:
     # sparse in both phases from the first position that can be, so that selection is compared too
     config = '{"window": 64, "budget": 64, "dense_threshold": 0}'
