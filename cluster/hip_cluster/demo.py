@@ -84,7 +84,8 @@ def ask_until_answered(endpoint: LocalEndpoint, text: str, quotes: list[Quote]) 
     while True:
         try:
             return ask(endpoint.url, text, quotes)
-        except (ConnectionError, AssertionError, OSError):
+        # the frontend's word for a 503 to its first question is a plain RuntimeError
+        except (ConnectionError, AssertionError, OSError, RuntimeError):
             if time.monotonic() - began > PATIENCE_SECONDS:
                 raise
             time.sleep(1)
