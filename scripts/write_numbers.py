@@ -208,7 +208,7 @@ def offload_section() -> list[str]:
     shares = ("float32.all", "bfloat16.all")
     rows = [
         [
-            f"{config['context']:,}, a {config['share']}th",
+            f"{config['context']:,}, 1/{config['share']}",
             *(ratio(metrics[f"ratio.{name}_vs_resident"]) for name in ("decode", "ttft")),
             f"{float(metrics['hit_ratio']['p50']):.0%}",
             f"{float(metrics['bytes_per_token']['p50']) / 2**20:.2f} MiB",
