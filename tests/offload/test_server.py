@@ -13,22 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server import test_batches as batches
 from tests.server.conftest import Serve, Server
 from tests.server.test_batches import ask, assert_same, before_a_tie, come_and_go, prompt
 from tests.server.test_hostile import flush
 
 pytestmark = pytest.mark.server
 
-HIP: dict[str, Any] = {
-    "sink": 64,
-    "window": 128,
-    "budget": 128,
-    "dense_threshold": 256,
-    "node_threshold": 1024,
-    "beam": 512,
-    "refresh": 3,
-    "second_look": 0,
-}
+HIP: dict[str, Any] = {**batches.HIP, "second_look": 0}
 # one query reads six pages exactly, and two requests run; 4 KiB a token
 DEVICE = 2 * 6 * 64
 OFFLOAD = {"host_gib": 0.0625, "device_tokens": DEVICE}
