@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hip_sglang.kv.memory import MemoryPlan
 
 GIB = 1 << 30
-# what of a GPU is left for weights and KV beside activations and graphs, as SGLang reckons by
-# default; the server's own line at its start is exact
+# assumed of a GPU: so much is for weights and KV, the rest for activations and graphs; SGLang
+# decides by the machine, and the server's own line at its start is exact
 STATIC_SHARE = 0.85
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 

@@ -72,7 +72,7 @@ class Telemetry:
                 "offload_estimated_pages", "Chosen pages that were left to the remainder instead"
             ),
             Counts.STALLS: counter(
-                "offload_stalls", "Times that a layer of a pass waited for pages"
+                "offload_stalls", "Times that a KV head of a layer waited for pages"
             ),
         }
         self._fetched_bytes = counter(

@@ -1,4 +1,4 @@
-"""What offloaded KV takes, and where: arithmetic that needs neither torch nor SGLang."""
+"""What offloaded KV takes, and where: arithmetic alone, so that it can be asked before a start."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class KVShape:
         return self.heads * (self.head_dim + self.value_dim) * self.itemsize
 
     def summary_bytes(self, means: int) -> int:
-        """The summary of one page: mean keys, their deviation, the mean value (DESIGN, 6)."""
+        """The summary of one page: mean keys, their deviation, the mean value."""
         # as SummaryPool stores them: float32 beside float32, elsewise half precision
         itemsize = 4 if self.itemsize == 4 else 2
         return self.heads * ((means + 1) * self.head_dim + self.value_dim) * itemsize
@@ -137,10 +137,6 @@ class MemoryPlan:
             summary_bytes=summaries,
             table_bytes=tables + slots * shape.heads * SLOT_BYTES,
         )
-
-    @property
-    def device_bytes(self) -> int:
-        return self.cache_bytes + self.summary_bytes + self.table_bytes
 
     def __str__(self) -> str:
         def gib(size: int) -> str:

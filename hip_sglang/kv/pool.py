@@ -111,10 +111,6 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
         self._looked, self._written = now, 0
         return found
 
-    @property
-    def device_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
-
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Keys and values, in host memory."""
         keys = sum(host.key.numel() * host.rows.itemsize for host in self.hosts)

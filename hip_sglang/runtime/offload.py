@@ -23,16 +23,13 @@ _plans: dict[int, MemoryPlan] = {}
 
 def create_configurator(original: Callable[..., Any], kvc: Any) -> Any:
     """Around ``create_memory_pool_configurator``: capacity is what host memory holds."""
-    config = config_of(kvc)
-    if config is None:
+    if config_of(kvc) is None:
         return original(kvc)
     from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
 
-    offloads = config
-
     class HostPoolConfigurator(DefaultPoolConfigurator):  # type: ignore[misc]
         def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
-            plan = memory_plan(kvc, offloads, available_bytes)
+            plan = memory_plan(kvc, available_bytes)
             return self.calculate_pool_sizes_from_max_tokens(plan.logical_tokens, page_size)
 
         def finalize_with_max_running_requests(self, config: Any) -> Any:
@@ -88,12 +85,13 @@ def config_of(kvc: Any) -> HipConfig | None:
     return config if config.offload is not None else None
 
 
-def memory_plan(kvc: Any, config: HipConfig, available_bytes: int) -> MemoryPlan:
+def memory_plan(kvc: Any, available_bytes: int) -> MemoryPlan:
     """What this rank may take; kept for ``build_pool``."""
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
     from hip_sglang.kv.memory import GIB, KVShape, MemoryPlan
 
+    config = doors.config_of(kvc.server_args)
     assert config.offload is not None
     parallel, args = get_parallel(), kvc.server_args
     model = kvc.model_config

@@ -54,7 +54,7 @@ class Counts(IntEnum):
     HELD = 1  # and of these, those that were here
     FETCHED = 2  # pages that were copied here
     ESTIMATED = 3  # chosen ones that were left to the remainder instead
-    STALLS = 4  # times that a layer waited for pages
+    STALLS = 4  # times that a KV head of the layer waited for pages
 
 
 @dataclass(frozen=True)
