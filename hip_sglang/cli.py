@@ -1,4 +1,4 @@
-"""``hip-sglang``: serve, demo, bench, config, plan, doctor."""
+"""``hip-sglang``: serve, demo, bench, config, cache, plan, doctor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from hip_sglang.cache_cli import cache_app
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.config_cli import config_app
 from hip_sglang.plan import plan
@@ -34,6 +35,7 @@ app = typer.Typer(
 demo_app = typer.Typer(invoke_without_command=True)
 app.add_typer(demo_app, name="demo")
 app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
 app.command()(plan)
 
 

@@ -29,6 +29,18 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 
 
+class Disk(BaseModel):
+    """A disk under host memory, for prefixes that nobody is running."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(
+        description="a directory on a fast local disk; prefixes that are kept there answer after a "
+        "restart, too"
+    )
+    gib: float = Field(gt=0, description="GiB of it for KV, of all ranks on one machine together")
+
+
 class Offload(BaseModel):
     """KV in host memory. The device holds summaries of all pages, and copies of some."""
 
@@ -47,6 +59,9 @@ class Offload(BaseModel):
         default="fetch",
         description="what becomes of a chosen page that the device does not hold: fetch waits for "
         "it; estimate leaves it to the remainder this time, and has it there the next time",
+    )
+    disk: Disk | None = Field(
+        default=None, description="keep prefixes on a disk, too, so that a restart loses none"
     )
 
     @field_validator("device_tokens")

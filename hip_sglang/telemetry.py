@@ -143,6 +143,37 @@ class Telemetry:
             self._pending.clear()
 
 
+class DiskTelemetry:
+    """Counters of one rank's pages on disk; make it once a process."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._pages = Counter(
+            "hip_sglang_disk_pages",
+            "Pages of KV that were written to disk, read from it, skipped because it was behind or "
+            "refused them, or found broken",
+            ["kind"],
+        )
+        self._bytes = Counter("hip_sglang_disk_bytes", "Bytes written or read", ["kind"])
+        self._seconds = Counter(
+            "hip_sglang_disk_seconds",
+            "Seconds spent writing, behind requests, or reading",
+            ["kind"],
+        )
+        self._used = Gauge(
+            "hip_sglang_disk_used_bytes", "Bytes on disk", multiprocess_mode="mostrecent"
+        )
+
+    def observe(self, kind: str, pages: int, moved: int, seconds: float, used: int) -> None:
+        """kind: written, read, skipped or broken; moved: bytes; used: bytes on disk by now."""
+        self._pages.labels(kind).inc(pages)
+        if kind in ("written", "read"):
+            self._bytes.labels(kind).inc(moved)
+            self._seconds.labels(kind).inc(seconds)
+        self._used.set(used)
+
+
 class DecodeTotals:
     """What passes of decode steps did, added up on the device, where a CUDA graph does it, too."""
 

@@ -114,18 +114,15 @@ def _reason(log: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole process group to end, then insist: also where the asking is interrupted."""
+    """Ask it to end, then insist: also where the asking is interrupted."""
     try:
-        _signal_group(process.pid, signal.SIGTERM)
+        # asked together with it, its ranks would look as if they crashed
+        process.terminate()
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
         pass
     finally:
         # a rank may outlive the process that started it
-        _signal_group(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _signal_group(group: int, signum: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signum)

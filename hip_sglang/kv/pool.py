@@ -93,6 +93,11 @@ class OffloadedKVPool(KVCache):  # type: ignore[misc]
         for cache in self.caches:
             cache.forget(pages)
 
+    def drop(self, pages: Tensor) -> None:
+        """Pages [C] were read from elsewhere into host memory."""
+        for cache in self.caches:
+            cache.drop(pages)
+
     def count_written(self, tokens: int) -> None:
         """A pass writes so many tokens; a graph that is replayed cannot say so itself."""
         page_bytes = self.hosts[0].bytes_a_page * self.head_num * self.layer_num

@@ -58,11 +58,13 @@ def _register() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
     from hip_sglang.runtime import compat
 
     add_attention_backend_choices([BACKEND])
     register_attention_backend(BACKEND)(build_backend)
+    register_radix_cache_backend(BACKEND, build_tree)
     register_resolution_hook("handle_model_specific_adjustments")(_refuse_model)
     register_resolution_hook("handle_attention_backend_compatibility")(_settle)
     compat.install()
@@ -135,6 +137,13 @@ def build_backend(runner: Any) -> Any:
     requirements.check_kv_dtype(runner.kv_cache_dtype)
     requirements.check_layers(runner.model, runner.model_config.context_len)
     return HipAttentionBackend(runner, doors.config_of(runner.server_args))
+
+
+def build_tree(ctx: Any) -> Any:
+    """SGLang's factory for the radix tree, where prefixes are kept on disk."""
+    from hip_sglang.kv.radix import build_tree
+
+    return build_tree(ctx)
 
 
 def check_loaded() -> None:

@@ -85,9 +85,10 @@ def _refused_features(args: Any) -> list[tuple[bool, str, str]]:
             "leave it out",
         ),
         (
-            args.enable_lmcache or args.enable_flexkv,
-            "another KV cache store (--enable-lmcache, --enable-flexkv)",
-            "leave it out",
+            args.enable_lmcache or args.enable_flexkv or args.enable_unified_cache_external_linker,
+            "another KV cache store (--enable-lmcache, --enable-flexkv, "
+            "--enable-unified-cache-external-linker)",
+            "leave it out; offload.disk in --hip-config keeps prefixes",
         ),
         (
             args.disaggregation_mode != "null",

@@ -84,6 +84,7 @@ def settle_backend(server_args: Any) -> None:
     if cfg.max_running_requests is None:
         declare_resolution(server_args, BACKEND, max_running_requests=_running_requests(cfg))
     _check_offload(doors.config_of(server_args), cfg)
+    _settle_disk(server_args)
     if cfg.device == "cpu" or not doors.config_of(server_args).captures:
         _disable_graphs(server_args)
     elif cfg.cuda_graph_config.prefill.backend == "full":
@@ -139,6 +140,29 @@ def _check_offload(config: HipConfig, cfg: Any) -> None:
             "exactly (the larger of dense_threshold and sink + window + budget + its own page); "
             f"set it to {needed} or more, or lower those"
         )
+
+
+def _settle_disk(server_args: Any) -> None:
+    """Where prefixes are kept on disk: SGLang's tree is ours, and asks what was written."""
+    cfg, offload = resolving_view(server_args), doors.config_of(server_args).offload
+    if offload is None or offload.disk is None:
+        return
+    for given, flag in (
+        (cfg.disable_radix_cache, "--disable-radix-cache"),
+        (cfg.radix_cache_backend, "--radix-cache-backend"),
+    ):
+        if given:
+            raise UnsupportedError(
+                f"offload.disk keeps what SGLang's radix cache holds, and {flag} says otherwise; "
+                "leave one of the two out"
+            )
+    declare_resolution(
+        server_args,
+        BACKEND,
+        radix_cache_backend=BACKEND,
+        # the scheduler asks only then what was written
+        enable_unified_cache_external_linker=True,
+    )
 
 
 def _widest(cfg: Any) -> int:

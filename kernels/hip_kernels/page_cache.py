@@ -104,3 +104,13 @@ class PageCache:
         freed.index_fill_(0, pages.long(), True)
         # -1, a slot that holds nothing, leads to the last
         self.used.masked_fill_(freed[self.page.long()], -1)
+
+    def drop(self, pages: Tensor) -> None:
+        """Pages [C] were written in host memory alone: what is held of them is of before."""
+        pages = pages.long()
+        slot = self.slot[:, pages].long()
+        head, at = (slot >= 0).nonzero(as_tuple=True)
+        emptied = head, slot[head, at]
+        self.page[emptied] = -1
+        self.used[emptied] = -1
+        self.slot[:, pages] = -1

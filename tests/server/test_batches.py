@@ -51,16 +51,15 @@ def prompt(length: int) -> list[int]:
     return ids[:length]
 
 
-def ask(server: Server, ids: list[int], rid: str | None = None) -> list[float]:
+def ask(server: Server, ids: list[int], **more: Any) -> list[float]:
     """Log-probabilities of what a prompt leads to: the five best at each new token."""
     body: dict[str, Any] = {
         "input_ids": ids,
         "sampling_params": {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True},
         "return_logprob": True,
         "top_logprobs_num": 5,
+        **more,
     }
-    if rid is not None:
-        body["rid"] = rid
     answer = httpx.post(f"{server.url}/generate", json=body, timeout=300).raise_for_status()
     best = answer.json()["meta_info"]["output_top_logprobs"]
     return [value for step in best for value, _, _ in step]

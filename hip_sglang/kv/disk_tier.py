@@ -1,0 +1,210 @@
+"""Prefixes on disk: pages are written behind the requests that made them, and read back whole.
+
+SGLang's tree does what is common to all such stores: it finds pages by the hash of their tokens,
+holds what is being written, and lets ranks agree (``UnifiedCacheLinker``). This is the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+from hip_kernels.layout import PAGE_SIZE
+from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+
+from hip_sglang.kv.page_record import (
+    BrokenRecordError,
+    Header,
+    PageRecords,
+    pages_of_slots,
+    verify,
+)
+
+if TYPE_CHECKING:
+    from hip_sglang.kv.page_files import PageFiles
+    from hip_sglang.telemetry import DiskTelemetry
+
+logger = logging.getLogger(__name__)
+
+READERS = 4
+# a disk that refused a page is asked again after so long
+PAUSE_SECONDS = 60.0
+# pages that wait to be written cannot be evicted: no more than this share of the pool
+MOST_WAITING = 1 / 4
+
+
+class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
+    """One rank's pages on disk. Where ``files`` is None nothing is found, and nothing kept."""
+
+    layer_done_counter = None  # what is read is there before anybody asks for it
+
+    def __init__(
+        self,
+        records: PageRecords,
+        files: PageFiles | None,
+        pages: int,
+        telemetry: DiskTelemetry | None = None,
+    ) -> None:
+        """pages: of the pool."""
+        # keys of all pages before those that are asked for, or offered, next
+        self.before: Sequence[str] = ()
+        self.records, self.files, self.telemetry = records, files, telemetry
+        self._most_waiting = int(pages * MOST_WAITING)
+        self._waiting = 0
+        self._tasks: SimpleQueue[tuple[list[int], list[Header], list[str]] | None] = SimpleQueue()
+        self._results: SimpleQueue[bool] = SimpleQueue()
+        self._idle = threading.Condition()
+        self._pause_ends = 0.0
+        self._said: set[str] = set()
+        self._buffers = threading.local()
+        self._readers = ThreadPoolExecutor(READERS, "hip-disk-read")
+        self._writer = threading.Thread(target=self._write_behind, name="hip-disk-write")
+        self._writer.daemon = True
+        self._writer.start()
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        keys = transfers[0].keys
+        found = 0
+        while self.files is not None and found < len(keys) and self.files.exists(keys[found]):
+            found += 1
+        return list(range(1, found + 1))
+
+    def read(self, slots: torch.Tensor, keys: Sequence[str]) -> bool:
+        """The pages of some keys into slots [P * 64]; False if one of them cannot be used."""
+        if slots.is_cuda:
+            # a pass under way may still write to a page that was given back
+            torch.cuda.synchronize()
+        pages = pages_of_slots(slots)
+        start = time.monotonic()
+        done = all(list(self._readers.map(self._read, keys, pages)))
+        if done:
+            self.records.settle(slots[::PAGE_SIZE] // PAGE_SIZE)
+            assert self.files is not None
+            self.files.touch([*self.before, *keys])
+            self._count("read", len(keys), time.monotonic() - start)
+        return done
+
+    def offload(self, transfers: list[PoolTransfer]) -> bool:
+        """Write pages behind; they must stay as they are until it is done. False: not taken."""
+        slots, keys, before = transfers[0].device_indices, transfers[0].keys, self.before
+        if self.files is None or time.monotonic() < self._pause_ends:
+            self._count("skipped", len(keys))
+            return False
+        with self._idle:
+            if self._waiting + len(keys) > self._most_waiting:
+                self._count("skipped", len(keys))
+                return False
+            self._waiting += len(keys)
+        parents = [before[-1] if before else None, *keys]
+        headers = [Header(key, parents[at], len(before) + at) for at, key in enumerate(keys)]
+        self._tasks.put((pages_of_slots(slots), headers, [*before, *keys]))
+        return True
+
+    def num_completed_offloads(self) -> int:
+        return self._results.qsize()
+
+    def pop_completed_offload(self) -> bool:
+        return self._results.get_nowait()
+
+    # pages are read before the tree learns of them, so that none of a broken file is in it
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        raise NotImplementedError("pages are read before the tree learns of them")
+
+    def start_layer_wise_loading(self) -> int:
+        return -1
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        return False
+
+    def num_completed_loads(self) -> int:
+        return 0
+
+    def pop_completed_load(self) -> list[str]:
+        return []
+
+    def reset(self) -> None:
+        """Wait until all was written; what is on disk stays."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._waiting == 0)
+        while not self._results.empty():
+            self._results.get_nowait()
+
+    def close(self) -> None:
+        self.reset()
+        self._tasks.put(None)
+        self._writer.join()
+        self._readers.shutdown()
+
+    def _read(self, key: str, page: int) -> bool:
+        assert self.files is not None
+        record = self._buffer()
+        try:
+            if self.files.get(key, record) is None:
+                return False
+            if verify(record.numpy().data).key != key:
+                raise BrokenRecordError("it holds another page")
+        except (OSError, BrokenRecordError) as error:
+            self.files.drop(key)
+            self._count("broken", 1)
+            self._say_once("read", f"a page on disk cannot be used and is computed again: {error}")
+            return False
+        self.records.unpack(record, page)
+        return True
+
+    def _write_behind(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            pages, headers, prefix = task
+            try:
+                done = all(self._write(*each) for each in zip(pages, headers, strict=True))
+                if done and self.files is not None:
+                    self.files.touch(prefix)
+            except Exception:
+                logger.exception("hip_attention disk: pages could not be written")
+                done = False
+            self._results.put(done)
+            with self._idle:
+                self._waiting -= len(pages)
+                self._idle.notify_all()
+
+    def _write(self, page: int, header: Header) -> bool:
+        assert self.files is not None
+        if self.files.exists(header.key):
+            return True
+        if time.monotonic() < self._pause_ends:
+            self._count("skipped", 1)
+            return False
+        start = time.monotonic()
+        record = self._buffer()
+        self.records.pack(page, header, record)
+        if not self.files.set(header.key, record):
+            self._pause_ends = time.monotonic() + PAUSE_SECONDS
+            self._count("skipped", 1)
+            self._say_once("write", "pages cannot be written to disk; the server goes on without")
+            return False
+        self._count("written", 1, time.monotonic() - start)
+        return True
+
+    def _buffer(self) -> torch.Tensor:
+        """Of this thread."""
+        if not hasattr(self._buffers, "record"):
+            self._buffers.record = torch.zeros(self.records.nbytes, dtype=torch.uint8)
+        record: torch.Tensor = self._buffers.record
+        return record
+
+    def _count(self, what: str, pages: int, seconds: float = 0.0) -> None:
+        if self.telemetry is not None:
+            used = 0 if self.files is None else self.files.nbytes
+            self.telemetry.observe(what, pages, pages * self.records.nbytes, seconds, used)
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("hip_attention disk: %s (said once; see the metrics)", message)
