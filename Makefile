@@ -9,6 +9,8 @@ PYTHON ?=
 DOC ?=
 # 1: `make demo` keeps KV in host memory, and a device holds an eighth of it
 OFFLOAD ?=
+# 1: `make demo` asks twenty questions of one document, and restarts the server in the middle
+PREFIX ?=
 # more arguments for pytest, as in: make check ARGS="-k select -x"
 ARGS ?=
 export PYTHON
@@ -31,8 +33,8 @@ help: ## this list
 setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
 	@scripts/setup.sh
 
-demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path] [OFFLOAD=1]
-	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)") $(if $(OFFLOAD),--offload)
+demo: setup ## serve a 64K-token document and continue quotes from it: make demo [DOC=path] [OFFLOAD=1] [PREFIX=1]
+	$(BIN)/hip-sglang demo --out demo-out $(if $(DOC),--doc "$(DOC)") $(if $(OFFLOAD),--offload) $(if $(PREFIX),--prefix)
 
 demo-cluster: setup ## two local Ray nodes, TP=2, a router; a rank is killed, and every quote comes out right
 	$(BIN)/python -m hip_cluster.demo demo-out

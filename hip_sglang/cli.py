@@ -140,15 +140,22 @@ def demo(
     offload: Annotated[
         bool, typer.Option(help="Keep KV in host memory; the device holds an eighth of it.")
     ] = False,
+    prefix: Annotated[
+        bool, typer.Option(help="Keep it on disk, too: twenty questions, and a restart.")
+    ] = False,
 ) -> None:
     """Serve a long document with HiP attention and continue quotes from it."""
     if ctx.invoked_subcommand is not None:
         return
     if doc is not None and not doc.is_file():
         raise CliError(f"--doc {doc}: there is no such file; give the path of a text file")
-    from hip_sglang.demo.run import run_demo
-
     with one_line_errors():
+        if prefix:
+            from hip_sglang.demo.restart import run_restart_demo
+
+            raise typer.Exit(run_restart_demo(doc, out, context))
+        from hip_sglang.demo.run import run_demo
+
         raise typer.Exit(run_demo(doc, out, context, offload=offload))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import sglang as sgl
 
 from hip_sglang.demo.quotes import Quote, whole_characters
@@ -99,6 +101,47 @@ def ask(
     state = continue_quotes.run(document, quotes, on_answer, backend=sgl.RuntimeEndpoint(url))
     answers: list[Answer] = state.ret_value
     return answers
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one request was answered, and when."""
+
+    text: str
+    ttft_s: float
+    step_s: float  # from token to token, on average
+    cached_tokens: int
+
+
+def ask_alone(
+    url: str, prompt: str | Sequence[int], tokens: int, namespace: str | None = None
+) -> Timed:
+    """So many tokens behind a prompt, a text or its ids, nothing else running.
+
+    What was read in one ``namespace`` is not known in another. Raises ConnectionError where the
+    server does not answer.
+    """
+    body = {
+        "text" if isinstance(prompt, str) else "input_ids": prompt,
+        "extra_key": namespace,
+        "stream": True,
+        "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+    }
+    arrived, last = [], ""
+    began = time.perf_counter()
+    try:
+        with httpx.stream("POST", f"{url}/generate", json=body, timeout=None) as stream:
+            stream.raise_for_status()
+            for line in stream.iter_lines():
+                if line.startswith("data: {"):
+                    arrived.append(time.perf_counter())
+                    last = line
+        found = json.loads(last.removeprefix("data: "))
+        meta = found["meta_info"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise ConnectionError(f"the server did not answer a request: {error}") from error
+    step = (arrived[-1] - arrived[0]) / max(1, meta["completion_tokens"] - 1)
+    return Timed(found["text"], arrived[0] - began, step, int(meta["cached_tokens"]))
 
 
 def measure_speed(

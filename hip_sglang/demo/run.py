@@ -37,11 +37,11 @@ QUOTES = 10
 REPORT = "demo-report.json"
 PICTURE = "selections.png"
 # tokens after the document: a quote and its continuation
-_ROOM = 128
+ROOM = 128
 # tokens of KV beside the longest context: some pages for each branch
-_SPARE_TOKENS = 8192
+SPARE_TOKENS = 8192
 _MINIMUM_CONTEXT = 2048
-_TRAINING_CHARACTERS = 8_000_000
+TRAINING_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def scaled_ways(
     With ``token_bytes``, what the KV of a token takes, the first has its KV in host memory.
     """
     # whole pages
-    context = min(context, -(-(tokens + _ROOM) // 64) * 64)
+    context = min(context, -(-(tokens + ROOM) // 64) * 64)
     half, eighth = (min(context, max(_MINIMUM_CONTEXT, context // part)) for part in (2, 8))
     hip = ("--attention-backend", "hip_attention", "--hip-preset")
     config: dict[str, Any] = {"trace": str(trace.resolve())}
@@ -101,7 +101,7 @@ def scaled_ways(
     if token_bytes is not None:
         # one query may read so much exactly
         device_tokens = max(HipConfig().step_pages, -(-eighth // PAGE_SIZE)) * PAGE_SIZE
-        gib = (context + _SPARE_TOKENS + PAGE_SIZE) * token_bytes / GIB
+        gib = (context + SPARE_TOKENS + PAGE_SIZE) * token_bytes / GIB
         config["offload"] = {"host_gib": gib, "device_tokens": device_tokens}
         name = "HiP (offloaded)"
     arguments = *hip, "balanced", "--hip-config", json.dumps(config)
@@ -123,7 +123,7 @@ class _Demo:
         self._model = out_dir / "model"
         with self._stage("writing the model"):
             # a user's document may be in any script: its own words make the better tokens
-            write_model(self._model, text=self._text[:_TRAINING_CHARACTERS] if doc else None)
+            write_model(self._model, text=self._text[:TRAINING_CHARACTERS] if doc else None)
         self._tokenizer = load_tokenizer(self._model)
         self._token_bytes = None
         if offload:
@@ -168,7 +168,7 @@ class _Demo:
         return report
 
     def _read(self, context: int) -> tuple[Document, list[Quote]]:
-        document = Document.cut(self._text, self._tokenizer, context - _ROOM)
+        document = Document.cut(self._text, self._tokenizer, context - ROOM)
         return document, pick_quotes(document, self._tokenizer, QUOTES)
 
     @contextmanager
@@ -177,7 +177,7 @@ class _Demo:
         arguments = [
             *("--model-path", str(self._model)),
             *("--context-length", str(context)),
-            *("--max-total-tokens", str(context + _SPARE_TOKENS)),
+            *("--max-total-tokens", str(context + SPARE_TOKENS)),
             *way.arguments,
         ]
         with ExitStack() as stack:

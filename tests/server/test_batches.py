@@ -178,10 +178,10 @@ def come_and_go(server: Server, stop: threading.Event) -> int:
     with ThreadPoolExecutor(1) as pool:
         while not stop.is_set():
             rid = f"leaves-{count}"
-            answer = pool.submit(ask, server, prompt(1900 + count), rid)
+            answer = pool.submit(ask, server, prompt(1900 + count), rid=rid)
             time.sleep(0.4)
             httpx.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=60)
-            answer.exception()
+            assert isinstance(answer.exception(), httpx.HTTPError | KeyError | None)
             count += 1
     return count
 

@@ -1,0 +1,153 @@
+"""How soon does a server go on from a prefix that it has read before, and what does keeping cost?
+
+The built-in model on the real server, its KV in host memory, of which the device holds an eighth.
+One document of Python's library is read cold, asked for again while the tree knows it, and asked
+for again after the server was ended and started anew on the same disk. A second server keeps
+nothing, reads the same, and is asked in turn: what writing behind costs the reading. The document
+ends with a page, so that a known prefix leaves one token to compute. Each round is a namespace of
+its own, in which nothing is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+from hip_kernels.layout import PAGE_SIZE
+
+from hip_sglang.config import HipConfig
+from hip_sglang.demo.model import write_model
+from hip_sglang.demo.program import ask_alone
+from hip_sglang.demo.server import serve, unwind_on_signals
+from hip_sglang.demo.vocabulary import load_tokenizer
+from hip_sglang.kv.memory import GIB, KVShape
+
+from .arguments import Parser, at_least
+from .offload import counters
+from .retrieval import library_document
+from .rows import percentiles, save
+from .serve import CHUNK, HIP, SPARE, TUNING, workspace
+
+SHARE = 8  # the device holds one in so many tokens
+
+
+def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dict[str, list[float]]:
+    """Samples by metric, one a round."""
+    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    tokens = len(ids) + SPARE
+    offload = {
+        "host_gib": (tokens + PAGE_SIZE) * KVShape.of(described, itemsize=4).token_bytes / GIB,
+        "device_tokens": max(HipConfig().step_pages * PAGE_SIZE, len(ids) // SHARE),
+    }
+    disk = {"path": str(folder / "disk"), "gib": 64}
+    ways = {"without": offload, "kept": {**offload, "disk": disk}}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
+
+    @contextmanager
+    def started(name: str) -> Iterator[str]:
+        arguments = (
+            *("--model-path", str(model)),
+            *("--context-length", str(tokens)),
+            *("--sleep-on-idle", "--enable-metrics"),
+            *(*HIP, "--hip-config", json.dumps({"offload": ways[name]})),
+        )
+        with serve(arguments, folder / f"{name}.log", environment) as server:
+            # what is first done takes longer
+            ask_alone(server.url, ids[: 3 * CHUNK], 4, "warm")
+            yield server.url
+
+    found: dict[str, list[float]] = {}
+    with started("without") as without, ExitStack() as stack:
+        kept = stack.enter_context(started("kept"))
+        for number in range(rounds):
+            namespace = f"round {number}"
+            cold = {}
+            order = ["without", "kept"] if number % 2 else ["kept", "without"]
+            for name in order:
+                url = without if name == "without" else kept
+                flush(url)
+                cold[name] = ask_alone(url, ids, 1, namespace)
+            before = counters(kept)["fetched_bytes_total"]
+            known = ask_alone(kept, ids, 1, namespace)
+            fetched = counters(kept)["fetched_bytes_total"] - before
+            step = ask_alone(kept, ids, new, namespace).step_s
+            stack.close()
+            kept = stack.enter_context(started("kept"))
+            again = ask_alone(kept, ids, 1, namespace)
+            for metric, value in {
+                "cold.ttft": cold["kept"].ttft_s,
+                "known.ttft": known.ttft_s,
+                "restarted.ttft": again.ttft_s,
+                "decode.step": step,
+                "ratio.known_vs_step": known.ttft_s / step,
+                "ratio.restarted_vs_cold": again.ttft_s / cold["kept"].ttft_s,
+                "ratio.reading_vs_without_disk": cold["without"].ttft_s / cold["kept"].ttft_s,
+                "fetched_bytes": fetched,
+                "known.tokens": known.cached_tokens,
+                "restarted.tokens": again.cached_tokens,
+            }.items():
+                found.setdefault(metric, []).append(value)
+            print(
+                f"round {number + 1}: first token after {cold['kept'].ttft_s:.2f} s cold, "
+                f"{known.ttft_s:.3f} s known, {again.ttft_s:.3f} s after a restart; a step takes "
+                f"{1000 * step:.1f} ms",
+                flush=True,
+            )
+    return found
+
+
+def flush(url: str) -> None:
+    # it waits for the request before to end
+    httpx.post(f"{url}/flush_cache?timeout=30", timeout=60).raise_for_status()
+
+
+UNITS = {"ttft": "s", "step": "s", "tokens": "tokens", "fetched_bytes": "B"}
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("prefix", __doc__)
+    parser.add_argument("--context", type=int, default=65536, help="tokens of the document")
+    parser.add_argument("--new", type=int, default=64, help="tokens that say how long a step takes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_output()
+    args = parser.parse_args(argv)
+    at_least(1, rounds=args.rounds)
+    at_least(2, new=args.new)
+    at_least(CHUNK, context=args.context)
+    with unwind_on_signals(), workspace() as folder:
+        model = folder / "model"
+        write_model(model)
+        document = library_document(load_tokenizer(model), args.context)
+        whole = len(document.ids) // PAGE_SIZE * PAGE_SIZE
+        # the last token is computed, and its page with it
+        samples = run(
+            model, folder, [*document.ids[:whole], document.ids[0]], args.new, args.rounds
+        )
+    shape = {
+        "context": args.context, "new": args.new, "rounds": args.rounds, "share": SHARE,
+        "model": "built-in",
+    }  # fmt: skip
+    rows = {
+        metric: ("x" if metric.startswith("ratio.") else UNITS[metric.rpartition(".")[2]], values)
+        for metric, values in samples.items()
+    }
+    middle = {metric: percentiles(values)[1] for metric, values in samples.items()}
+    for metric, (unit, values) in rows.items():
+        low, _, high = percentiles(values)
+        print(f"{metric:32s} {middle[metric]:12.4g} {unit}   (p20 {low:.4g}, p80 {high:.4g})")
+    if args.save:
+        print(f"saved to {save('prefix', shape, rows).name}", file=sys.stderr)
+    if args.json:
+        ratios = {
+            name.removeprefix("ratio."): round(value, 4)
+            for name, value in middle.items()
+            if name.startswith("ratio.")
+        }
+        values = {name: value for name, value in middle.items() if not name.startswith("ratio.")}
+        print(json.dumps({"bench": "prefix", "config": shape, "ratios": ratios, "values": values}))
+    return 0
