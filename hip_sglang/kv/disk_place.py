@@ -34,7 +34,8 @@ class Place:
     def take(cls, root: Path, manifest: Mapping[str, Any], rank: int) -> Place:
         """The first of the rank's places that no other server holds. Raises ``OSError``."""
         home = root / fingerprint(manifest)
-        home.mkdir(parents=True, exist_ok=True)
+        # what users wrote could be told from it
+        home.mkdir(0o700, parents=True, exist_ok=True)
         _write_manifest(home, manifest)
         for number in range(1, _MOST_SERVERS):
             path = home / (f"rank{rank}" if number == 1 else f"rank{rank}.{number}")

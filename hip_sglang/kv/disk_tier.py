@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 READERS = 4
 # a disk that refused a page is asked again after so long
 PAUSE_SECONDS = 60.0
-# pages that wait to be written cannot be evicted: no more than this share of the pool
+# pages that wait to be written, as a share of the pool: beyond it they are let go unwritten
 MOST_WAITING = 1 / 4
 
 
@@ -50,12 +50,14 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         records: PageRecords,
         files: PageFiles | None,
         pages: int,
+        is_current: Callable[[], bool],
         telemetry: DiskTelemetry | None = None,
     ) -> None:
-        """pages: of the pool."""
+        """pages: of the pool; is_current: whether the model is still that of the files."""
         # keys of all pages before those that are asked for, or offered, next
         self.before: Sequence[str] = ()
         self.records, self.files, self.telemetry = records, files, telemetry
+        self._is_current = is_current
         self._most_waiting = int(pages * MOST_WAITING)
         self._waiting = 0
         self._tasks: SimpleQueue[tuple[list[int], list[Header], list[str]] | None] = SimpleQueue()
@@ -92,15 +94,12 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         return done
 
     def offload(self, transfers: list[PoolTransfer]) -> bool:
-        """Write pages behind; they must stay as they are until it is done. False: not taken."""
+        """Write pages behind; they must stay as they are until it is done.
+
+        All are taken, for ranks must agree; what is not written in the end is said by its result.
+        """
         slots, keys, before = transfers[0].device_indices, transfers[0].keys, self.before
-        if self.files is None or time.monotonic() < self._pause_ends:
-            self._count("skipped", len(keys))
-            return False
         with self._idle:
-            if self._waiting + len(keys) > self._most_waiting:
-                self._count("skipped", len(keys))
-                return False
             self._waiting += len(keys)
         parents = [before[-1] if before else None, *keys]
         headers = [Header(key, parents[at], len(before) + at) for at, key in enumerate(keys)]
@@ -131,11 +130,17 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         return []
 
     def reset(self) -> None:
-        """Wait until all was written; what is on disk stays."""
+        """Wait until all was written; what is on disk stays, unless the model is another now."""
         with self._idle:
             self._idle.wait_for(lambda: self._waiting == 0)
         while not self._results.empty():
             self._results.get_nowait()
+        if self.files is not None and not self._is_current():
+            self.files = None
+            logger.warning(
+                "hip_attention disk: the model's weights changed, and pages on disk are not of "
+                "them; the server goes on without, until it is started again"
+            )
 
     def close(self) -> None:
         self.reset()
@@ -148,7 +153,7 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         record = self._buffer()
         try:
             if self.files.get(key, record) is None:
-                return False
+                raise BrokenRecordError("it is gone")
             if verify(record.numpy().data).key != key:
                 raise BrokenRecordError("it holds another page")
         except (OSError, BrokenRecordError) as error:
@@ -162,31 +167,34 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
     def _write_behind(self) -> None:
         while (task := self._tasks.get()) is not None:
             pages, headers, prefix = task
+            written = 0
             try:
-                done = all(self._write(*each) for each in zip(pages, headers, strict=True))
-                if done and self.files is not None:
+                for each in zip(pages, headers, strict=True):
+                    # what waits cannot be evicted: where there is too much of it, none is written
+                    if self._waiting > self._most_waiting or not self._write(*each):
+                        break
+                    written += 1
+                if self.files is not None:
                     self.files.touch(prefix)
             except Exception:
                 logger.exception("hip_attention disk: pages could not be written")
-                done = False
-            self._results.put(done)
+            self._count("skipped", len(pages) - written)
+            self._results.put(written == len(pages))
             with self._idle:
                 self._waiting -= len(pages)
                 self._idle.notify_all()
 
     def _write(self, page: int, header: Header) -> bool:
-        assert self.files is not None
+        """Whether it is on disk now."""
+        if self.files is None or time.monotonic() < self._pause_ends:
+            return False
         if self.files.exists(header.key):
             return True
-        if time.monotonic() < self._pause_ends:
-            self._count("skipped", 1)
-            return False
         start = time.monotonic()
         record = self._buffer()
         self.records.pack(page, header, record)
         if not self.files.set(header.key, record):
             self._pause_ends = time.monotonic() + PAUSE_SECONDS
-            self._count("skipped", 1)
             self._say_once("write", "pages cannot be written to disk; the server goes on without")
             return False
         self._count("written", 1, time.monotonic() - start)

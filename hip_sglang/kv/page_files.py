@@ -65,7 +65,8 @@ class PageFiles(HiCacheFile):  # type: ignore[misc]
         name = self._get_suffixed_key(key)
         self.metadata_cache.remove(name)
         self._evictor.abort(name)
-        self._path(key).unlink(missing_ok=True)
+        with suppress(OSError):  # the next server will find it again, and that it is broken
+            self._path(key).unlink()
 
     def _path(self, key: str) -> Path:
         return Path(self.file_path, f"{self._get_suffixed_key(key)}{SUFFIX}")

@@ -27,6 +27,8 @@ from hip_sglang.kv.page_files import PageFiles
 from hip_sglang.kv.page_record import MAGIC, PageRecords
 from hip_sglang.kv.summary_pool import pages_of
 from hip_sglang.runtime import doors
+from hip_sglang.runtime.offload import ranks_of_machine
+from hip_sglang.runtime.requirements import UnsupportedError
 from hip_sglang.telemetry import DiskTelemetry
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ SAMPLES = 64  # numbers of each parameter that are looked at
 class HipRadixCache(UnifiedRadixCache):  # type: ignore[misc]
     """SGLang's tree, whose pages are kept on disk, too."""
 
-    def keep_on(self, tier: DiskTier) -> None:
-        self.linker = _Disk(self, tier)
+    def init_cache_linker(self, cache_linker: DiskTier) -> None:
+        self.linker = _Disk(self, cache_linker)
 
 
 class _Disk(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
@@ -104,10 +106,17 @@ def build_tree(ctx: TreeCacheBuildContext) -> HipRadixCache:
     offload = doors.config_of(ctx.server_args).offload
     assert offload is not None
     assert offload.disk is not None
-    files, manifest = None, manifest_of(runner, ctx.tp_size)
+    records, manifest = PageRecords(runner.attn_backend), manifest_of(runner, ctx.tp_size)
+    most = int(offload.disk.gib * GIB) // ranks_of_machine(ctx.server_args)
+    if most < records.nbytes:
+        raise UnsupportedError(
+            f"offload.disk.gib={offload.disk.gib:g} leaves a rank {most / GIB:.3f} GiB, and one "
+            f"page of KV takes {records.nbytes / GIB:.3f} GiB; raise it"
+        )
+    files = None
     try:
         place = disk_place.Place.take(offload.disk.path, manifest, ctx.tp_rank)
-        files = PageFiles(place, int(offload.disk.gib * GIB) // ctx.tp_size)
+        files = PageFiles(place, most)
     except OSError as error:
         logger.warning(
             "hip_attention disk: %s cannot be used, and the server goes on without: %s",
@@ -116,10 +125,14 @@ def build_tree(ctx: TreeCacheBuildContext) -> HipRadixCache:
         )
     else:
         _report(offload.disk.path, manifest, files)
+
+    def is_current() -> bool:
+        return bool(weights_of(runner.model) == manifest["weights"])
+
     counts = ctx.server_args.enable_metrics and ctx.tp_rank == 0
     telemetry = DiskTelemetry() if counts else None
     pages = pages_of(runner.token_to_kv_pool)
-    cache.keep_on(DiskTier(PageRecords(runner.attn_backend), files, pages, telemetry))
+    cache.init_cache_linker(DiskTier(records, files, pages, is_current, telemetry))
     return cache
 
 
@@ -134,7 +147,7 @@ def manifest_of(runner: ModelRunner, tp_size: int) -> dict[str, Any]:
         "sglang": sglang.version.__version__,
         "model": ", ".join(runner.model_config.hf_config.architectures or ["unknown"]),
         "config": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
-        "weights": _digest(*_samples(runner.model)),
+        "weights": weights_of(runner.model),
         "tokenizer": _digest(*_tokenizer_files(args.tokenizer_path or args.model_path)),
         "kv_dtype": str(runner.kv_cache_dtype),
         "tp_size": tp_size,
@@ -142,13 +155,15 @@ def manifest_of(runner: ModelRunner, tp_size: int) -> dict[str, Any]:
     }
 
 
-def _samples(model: torch.nn.Module) -> Iterator[bytes]:
-    """A few numbers of each parameter: they tell one fine-tuned model from another."""
+def weights_of(model: torch.nn.Module) -> str:
+    """A digest of a few numbers of each parameter: it tells fine-tuned models from another."""
+    parts = []
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().cpu()
-        yield f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode()
-        yield some.numpy().tobytes()
+        parts += [f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode()]
+        parts += [some.numpy().tobytes()]
+    return _digest(*parts)
 
 
 def _tokenizer_files(path: str) -> Iterator[bytes]:

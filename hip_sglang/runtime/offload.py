@@ -102,15 +102,19 @@ def memory_plan(kvc: Any, available_bytes: int) -> MemoryPlan:
         value_dim=model.v_head_dim,
         itemsize=kvc.kv_cache_dtype.itemsize,
     )
-    replicas = 1 if args.enable_dp_attention else args.dp_size
-    ranks = -(-args.tp_size * args.pp_size * replicas // args.nnodes)
     plan = _plans[id(kvc)] = MemoryPlan.of(
         shape,
         config,
-        host_bytes=int(config.offload.host_gib * GIB) // ranks,
+        host_bytes=int(config.offload.host_gib * GIB) // ranks_of_machine(args),
         context=model.context_len,
         running=get_schedule().max_running_requests,
         # a CPU's "device" is the same memory, bounded
         device_bytes=None if kvc.device == "cpu" else available_bytes,
     )
     return plan
+
+
+def ranks_of_machine(args: Any) -> int:
+    """How many ranks share a machine's memory and disks."""
+    replicas = 1 if args.enable_dp_attention else args.dp_size
+    return int(-(-args.tp_size * args.pp_size * replicas // args.nnodes))

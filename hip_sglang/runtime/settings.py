@@ -150,10 +150,12 @@ def _settle_disk(server_args: Any) -> None:
     for given, flag in (
         (cfg.disable_radix_cache, "--disable-radix-cache"),
         (cfg.radix_cache_backend, "--radix-cache-backend"),
+        # SGLang's stages do not agree on what such a store holds
+        (cfg.pp_size > 1, "--pp-size"),
     ):
         if given:
             raise UnsupportedError(
-                f"offload.disk keeps what SGLang's radix cache holds, and {flag} says otherwise; "
+                f"offload.disk keeps what SGLang's radix cache holds, and cannot with {flag}; "
                 "leave one of the two out"
             )
     declare_resolution(

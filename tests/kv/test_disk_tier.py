@@ -36,21 +36,18 @@ class Kept:
     """A rank's pool with a prompt in its first row, and a tier at ``path``."""
 
     def __init__(self, path: Path, pages: int = 12, most_bytes: int = 1 << 30) -> None:
-        self.rig = Served(OFFLOAD)
+        self.rig, self.current = Served(OFFLOAD), True
         self.rig.prompt(0, pages * PAGE_SIZE)
         self.slots = self.rig.table[0, : pages * PAGE_SIZE].long()
         self.keys = [key(number) for number in range(pages)]
         self.records = PageRecords(self.rig.backend)
         self.files = PageFiles(Place.take(path, MANIFEST, 0), most_bytes)
-        self.tier = DiskTier(self.records, self.files, POOL)
-
-    def offload(self) -> bool:
-        slots = self.slots[: len(self.keys) * PAGE_SIZE]
-        transfer = SimpleNamespace(device_indices=slots, keys=self.keys)
-        return self.tier.offload([transfer])
+        self.tier = DiskTier(self.records, self.files, POOL, lambda: self.current)
 
     def write(self) -> bool:
-        assert self.offload()
+        """Whether all of its keys were written."""
+        slots = self.slots[: len(self.keys) * PAGE_SIZE]
+        assert self.tier.offload([SimpleNamespace(device_indices=slots, keys=self.keys)])
         while not self.tier.num_completed_offloads():
             time.sleep(0.001)
         return self.tier.pop_completed_offload()
@@ -165,9 +162,8 @@ def test_a_disk_that_refuses_pages_is_left_alone_for_a_while_and_said_once(
 ) -> None:
     monkeypatch.setattr(kept.files, "set", lambda *_: False)
     assert not kept.write()
-    # it does not even take them
-    assert not kept.offload()
     monkeypatch.undo()
+    assert not kept.write()
     monkeypatch.setattr(kept.tier, "_pause_ends", 0.0)
     assert kept.write()
     said = [record for record in caplog.records if "cannot be written" in record.message]
@@ -197,10 +193,26 @@ def test_the_disk_is_bounded_and_prefixes_are_dropped_from_their_end(tmp_path: P
     kept.close()
 
 
-def test_more_than_a_quarter_of_the_pool_never_waits(kept: Kept) -> None:
+def test_of_more_than_a_quarter_of_the_pool_nothing_is_written_and_nothing_waits(
+    kept: Kept,
+) -> None:
     kept.keys = [key(number) for number in range(POOL // 4 + 1)]
     kept.slots = torch.arange(len(kept.keys) * PAGE_SIZE)
-    assert not kept.offload()
+    assert not kept.write()
+    assert kept.found() == 0
+    kept.keys = kept.keys[:2]
+    assert kept.write()
+
+
+def test_pages_of_a_model_that_was_changed_are_used_no_more(kept: Kept) -> None:
+    kept.write()
+    kept.tier.reset()
+    assert kept.found() == 12
+    # SGLang flushes its cache when weights are updated
+    kept.current = False
+    kept.tier.reset()
+    assert kept.found() == 0
+    assert not kept.write()
 
 
 def test_two_servers_have_a_place_each_and_the_next_one_finds_the_first(tmp_path: Path) -> None:
