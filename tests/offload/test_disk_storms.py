@@ -45,7 +45,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(serve: Serve, disk: Path, port: int) -> Callable[..., Server]:
     def started(*more: str, path: Path = disk, **hip: Any) -> Server:
         config = {**HIP, **hip, "offload": {**OFFLOAD, "disk": {"path": str(path), "gib": 1}}}
-        events = {"publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{port}", "topic": "kv"}
+        events = {"publisher": "zmq", "endpoint": f"tcp://*:{port}", "topic": "kv"}
         arguments = "--enable-metrics", "--kv-events-config", json.dumps(events)
         return serve("--hip-config", json.dumps(config), *arguments, *more)
 
