@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from hip_cluster.faults import Traffic
 from hip_cluster.local import generate, local_endpoint, local_nodes
+from hip_cluster.ports import free_port
+from hip_cluster.state import read_door
 
 from tests.cluster.conftest import KEY, document, hip_cluster, said
 
@@ -69,6 +74,62 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
             assert not running.done()
             assert len(running.result()) == 600
         assert endpoint.process.wait(120) == 0
+
+
+@contextmanager
+def foreign_router(folder, server):
+    """smg as somebody else runs it, who lists servers in a file."""
+    port, manifest = free_port("127.0.0.1"), folder / "workers.json"
+    manifest.write_text(json.dumps({"version": 1, "workers": [{"url": server}]}))
+    line = [sys.executable, "-m", "smg.launch_router", "--port", str(port), "--api-key", KEY]
+    line += ["--prometheus-port", str(free_port("127.0.0.1"))]
+    line += ["--discovery-provider", "file", "--discovery-file", str(manifest)]
+    line += ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    with (folder / "foreign.log").open("wb") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_router_that_is_not_ours_finds_the_replica_and_loses_nothing_when_it_drains(
+    two_nodes, tiny_llama, tmp_path
+):
+    content = document(tiny_llama, name="foreign", router={"mode": "external", "notice_s": 6.0})
+    with local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint:
+        endpoint.wait_for("SERVING")
+        assert "router not ours" in hip_cluster("status", "foreign").stdout
+        family = psutil.Process(endpoint.process.pid).children(recursive=True)
+        assert not [one for one in family if "hip_cluster.router" in one.cmdline()]
+        supervisor = read_door("foreign").url
+        with foreign_router(tmp_path, endpoint.url) as url, ThreadPoolExecutor(1) as pool:
+            deadline, headers = time.monotonic() + 60, {"Authorization": f"Bearer {KEY}"}
+            body = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+            while time.monotonic() < deadline:
+                try:
+                    answer = httpx.post(f"{url}/generate", json=body, headers=headers, timeout=60)
+                    if answer.status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.2)
+            assert answer.status_code == 200
+            with Traffic(url, KEY).running() as traffic:
+                time.sleep(2)
+                running = pool.submit(generate, url, list(range(1, 40)), 600, KEY)
+                time.sleep(1)
+                assert hip_cluster("drain", "foreign").returncode == 0
+                assert httpx.get(f"{supervisor}/ready", timeout=30).status_code == 503
+                assert httpx.get(f"{endpoint.url}/health", timeout=30).status_code == 503
+                assert len(running.result()) == 600
+                assert endpoint.process.wait(120) == 0
+                time.sleep(2)
+        assert traffic.answered
+        # those that came later were told to come again
+        assert traffic.turned_away
+        assert (traffic.cut, traffic.unknown, traffic.problems) == (0, 0, [])
 
 
 def test_kv_in_host_memory_gives_the_same_tokens_under_ray(two_nodes, tiny_llama, tmp_path):
