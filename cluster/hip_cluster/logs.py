@@ -59,6 +59,9 @@ def take_over_from_ray() -> None:
 
 def print_lines(batch: Mapping[str, Any], output: TextIO | None = None) -> None:
     """Print lines of one process: ``batch`` is Ray's, with ``lines``, ``actor_name``, ``ip``..."""
+    if batch.get("pid") == "autoscaler":
+        # a page about the cluster every five seconds
+        return
     for line in batch["lines"]:
         if not line.strip():
             continue

@@ -23,6 +23,10 @@ def test_what_a_library_prints_gets_its_process_and_what_we_print_passes():
     assert second == json.loads(ours)
 
 
+def test_what_ray_says_of_its_cluster_every_five_seconds_is_left_out():
+    assert shown({"lines": ["Node status"], "pid": "autoscaler", "is_err": False}) == []
+
+
 def test_two_ranks_that_say_the_same_are_both_heard():
     lines = [shown({"lines": ["ready"], "pid": pid, "is_err": True}) for pid in (1, 2)]
     assert [one["pid"] for (one,) in lines] == [1, 2]
