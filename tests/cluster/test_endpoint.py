@@ -168,9 +168,7 @@ def test_a_request_has_one_id_in_the_log_of_router_server_and_every_rank(endpoin
         found = {(line["process"], line["message"]) for line in lines}
     assert found == expected
     assert {line["rid"] for line in lines} == {rid}
-    # which begins with a picture
-    router = re.findall(r"^\{.*", (home() / "test" / "router.log").read_text(), re.MULTILINE)
-    spans = [json.loads(line).get("span", {}) for line in router]
+    spans = [line.get("span", {}) for line in log_of(home() / "test" / "router.log")]
     assert "mine-17" in {span.get("request_id") for span in spans}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ import yaml
 from hip_cluster.faults import Traffic
 from hip_cluster.local import generate, local_endpoint, local_nodes
 from hip_cluster.ports import free_port
+from hip_cluster.router import KEY_VARIABLE
 from hip_cluster.state import read_door
 
 from tests.cluster.conftest import KEY, document, hip_cluster, said
@@ -57,13 +60,29 @@ def test_scaling_and_a_rolling_restart_lose_no_request(two_nodes, tiny_llama, tm
         assert endpoint.process.wait(120) == 0
 
 
-def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
+def test_without_a_router_clients_of_a_dead_rank_are_cut_and_of_a_draining_one_served(
     two_nodes, tiny_llama, tmp_path
 ):
     content = document(tiny_llama, name="plain")
     with local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint:
         endpoint.wait_for("SERVING")
         headers = {"Authorization": f"Bearer {KEY}"}
+        sampling = {"temperature": 0, "max_new_tokens": 8000, "ignore_eos": True}
+        body = {"input_ids": [1, 2, 3], "sampling_params": sampling, "stream": True}
+        with (
+            httpx.Client(headers=headers, timeout=60) as http,
+            http.stream("POST", f"{endpoint.url}/generate", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            os.kill(endpoint.pid_of("rank 0"), signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+            assert time.monotonic() - began < 5
+        while endpoint.status()["replicas"][0]["attempt"] == 1:
+            time.sleep(0.1)
+        endpoint.wait_for("SERVING")
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(generate, endpoint.url, list(range(1, 40)), 600, KEY)
             time.sleep(2)
@@ -78,15 +97,16 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
 
 @contextmanager
 def foreign_router(folder, server):
-    """smg as somebody else runs it, who lists servers in a file."""
+    """The chart's router, which nobody tells of replicas: here it reads them in a file."""
     port, manifest = free_port("127.0.0.1"), folder / "workers.json"
     manifest.write_text(json.dumps({"version": 1, "workers": [{"url": server}]}))
-    line = [sys.executable, "-m", "smg.launch_router", "--port", str(port), "--api-key", KEY]
+    line = [sys.executable, "-m", "hip_cluster.router", "--port", str(port)]
     line += ["--prometheus-port", str(free_port("127.0.0.1"))]
     line += ["--discovery-provider", "file", "--discovery-file", str(manifest)]
     line += ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    environment = {**os.environ, KEY_VARIABLE: KEY}
     with (folder / "foreign.log").open("wb") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log)
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -168,6 +188,17 @@ def test_what_can_never_run_is_told_in_one_line(two_nodes, tiny_llama, tmp_path,
         assert endpoint.process.wait(PATIENCE) == 2
         (line,) = said(endpoint)
     assert words in line
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(two_nodes, tiny_llama, tmp_path):
+    content = document(tiny_llama, name="taken", limits={"restarts": 0})
+    with (
+        socket.create_server(("127.0.0.1", content["server"]["port"])),
+        local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint,
+    ):
+        assert endpoint.process.wait(PATIENCE) == 2
+        (line,) = said(endpoint)
+    assert f"server.port={content['server']['port']} is in use on 127.0.0.1" in line
 
 
 def test_without_a_token_nothing_starts(two_nodes, tiny_llama, tmp_path, monkeypatch):
