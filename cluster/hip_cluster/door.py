@@ -23,12 +23,21 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Door:
-    """An ASGI middleware. ``is_draining`` is asked at each probe, ``refresh`` done at a scrape."""
+    """An ASGI middleware. ``is_draining`` is asked at each probe, ``refresh`` done at a scrape.
+
+    ``running`` holds what was posted and is not answered to its end: a long prompt is in no rank's
+    hands before it is tokens.
+    """
 
     def __init__(
-        self, app: Any, is_draining: Callable[[], bool], refresh: Callable[[], None]
+        self,
+        app: Any,
+        is_draining: Callable[[], bool],
+        refresh: Callable[[], None],
+        running: set[int],
     ) -> None:
         self._app, self._is_draining, self._refresh = app, is_draining, refresh
+        self._running = running
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -38,4 +47,11 @@ class Door:
             return
         if path.startswith("/metrics"):
             await asyncio.to_thread(self._refresh)
-        await self._app(scope, receive, send)
+        if scope.get("method") != "POST":
+            await self._app(scope, receive, send)
+            return
+        self._running.add(id(scope))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running.discard(id(scope))

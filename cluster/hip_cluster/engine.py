@@ -7,6 +7,7 @@ the environment is set: so what actors are given is pickled once more, as bytes.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import socket
@@ -323,9 +324,16 @@ def launch_server(server_args: Any, engine: Any, link: Link, url: str) -> None:
     tokenizer_manager, template_manager, port_args, schedulers, watchdog, _ = parts
     carry_request_ids(tokenizer_manager)
     tokenizer_manager.request_logger = RequestLog(tokenizer_manager.request_logger)
+    running: set[int] = set()
     http_server.app.add_middleware(
-        Door, is_draining=lambda: link.draining, refresh=schedulers.shelves.fetch
+        Door,
+        is_draining=lambda: link.draining,
+        refresh=schedulers.shelves.fetch,
+        running=running,
     )
+    # steps are made by ranks: a server that reports does not hang
+    reports = itertools.count()
+    link.watch_progress(lambda: Progress(steps=next(reports), busy=bool(running)))
     http_server._setup_and_run_http_server(
         server_args,
         tokenizer_manager,

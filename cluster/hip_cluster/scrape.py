@@ -68,6 +68,8 @@ class Shelves:
 
     def fetch(self) -> None:
         """Put what they have now beside this process' own; a rank that died keeps its last."""
+        if not self._connections:
+            return
         folder = Path(os.environ[FOLDER_VARIABLE])
         with self._fetching:
             for rank, connection in list(self._connections.items()):

@@ -27,7 +27,7 @@ def test_a_draining_server_is_unhealthy_and_answers(path, draining, status, fetc
     scrapes = []
 
     async def ask():
-        door = Door(application, lambda: draining, lambda: scrapes.append(path))
+        door = Door(application, lambda: draining, lambda: scrapes.append(path), set())
         transport = httpx.ASGITransport(door)
         async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
             return await client.get(path)
@@ -36,3 +36,22 @@ def test_a_draining_server_is_unhealthy_and_answers(path, draining, status, fetc
     assert answer.status_code == status
     assert ("Retry-After" in answer.headers) == (status == 503)
     assert len(scrapes) == fetched
+
+
+def test_what_was_posted_runs_until_it_is_answered_to_its_end():
+    running, seen = set(), []
+
+    async def failing(scope, receive, send):
+        seen.append(len(running))
+        raise ValueError("gone")
+
+    async def ask():
+        door = Door(failing, lambda: False, lambda: None, running)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(door)) as client:
+            for method in ("POST", "GET"):
+                with pytest.raises(ValueError, match="gone"):
+                    await client.request(method, "http://door/generate")
+
+    asyncio.run(ask())
+    assert seen == [1, 0]
+    assert not running
