@@ -60,11 +60,12 @@ class Server:
         return web.json_response({"text": f"<{text[-8:]}>", "meta_info": meta})
 
 
-def write_questions(path, count=QUESTIONS, documents=20):
+def write_questions(path, count=QUESTIONS, documents=20, words=500, **more):
     with path.open("w") as file:
         for number in range(count):
-            document = f"document {number % documents} " * 500
+            document = f"document {number % documents} " * words
             line = {"id": f"q{number}", "document": document, "prompt": f"question {number:04d}"}
+            line |= more
             file.write(json.dumps(line) + "\n")
     return path
 

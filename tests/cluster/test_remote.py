@@ -120,7 +120,8 @@ def test_a_batch_runs_an_endpoint_for_itself_and_goes_on_after_a_kill(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     content, file = document(tiny_llama, name="batch"), tmp_path / "endpoint.yaml"
     file.write_text(yaml.safe_dump(content))
-    questions, folder = put_questions(s3, tmp_path, "own", documents=40)
+    short = {"max_new_tokens": 4, "ignore_eos": True}
+    questions, folder = put_questions(s3, tmp_path, "own", words=20, sampling_params=short)
     line = [sys.executable, "-m", "hip_cluster.batch", "--file", str(file)]
     line += ["--input", questions, "--output", folder, "--concurrency", "4"]
     with (tmp_path / "log.txt").open("wb") as log:
