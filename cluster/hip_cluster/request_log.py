@@ -1,7 +1,7 @@
 """What becomes of each request, in the server's log and in every rank's: a line when it comes, and
 one when it ends, with its id.
 
-The id is the router's (the client's ``X-Request-Id``, where there is one).
+The id is the client's ``X-Request-Id``, which the router passes on; without one, SGLang's own.
 """
 
 from __future__ import annotations
