@@ -13,7 +13,6 @@ import fsspec
 import pytest
 import yaml
 from hip_cluster.ports import require_free
-from moto.server import ThreadedMotoServer
 
 from tests.cluster.batches import QUESTIONS, Server, command, run, write_questions
 from tests.cluster.conftest import document
@@ -29,6 +28,9 @@ def server():
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """A store on a port of this machine, with a bucket and nothing in it."""
+    # a second, which runs of other tests should not pay
+    from moto.server import ThreadedMotoServer
+
     patch = pytest.MonkeyPatch()
     store = ThreadedMotoServer(port=0, verbose=False)
     store.start()
