@@ -2,8 +2,9 @@
 
 Two Ray nodes on this machine, the built-in model. Faults: how soon a death, a hang and a lost node
 are seen, and how soon the next attempt has machines (loading the model not counted). Router: the
-same short request direct and routed, in turn; then questions on documents over two replicas,
-against the same on one. Ray: TP=2 as Ray actors against TP=2 as SGLang's processes, in turn.
+same short request direct and routed, in turn. Locality: questions on documents over two replicas,
+by one router and by two, against the same on one. Ray: TP=2 as Ray actors against TP=2 as SGLang's
+processes, in turn.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hip_sglang.demo.server import serve, unwind_on_signals
 from .arguments import Parser, at_least
 from .rows import save
 
+PARTS = ("faults", "router", "locality", "ray")
 SILENCE_S = 5.0
 CONTEXT = 16384
 CAPACITY = 65536
@@ -47,7 +49,7 @@ Samples = dict[str, list[float]]
 def main(argv: list[str]) -> int:
     """Run the parts that were asked for, and print one JSON object in the end."""
     parser = Parser("cluster", __doc__)
-    parser.add_argument("--parts", default="faults,router,ray", help="which of the three")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of the four")
     parser.add_argument("--requests", type=int, default=100, help="pairs of short requests")
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--questions", type=int, default=10, help="of each document")
@@ -58,16 +60,16 @@ def main(argv: list[str]) -> int:
     at_least(1, questions=given.questions, documents=given.documents)
     at_least(2, requests=given.requests, pairs=given.pairs)
     parts = given.parts.split(",")
-    if wrong := set(parts) - {"faults", "router", "ray"}:
-        raise ValueError(f"--parts {sorted(wrong)[0]} is not one of faults, router and ray")
+    if wrong := set(parts) - set(PARTS):
+        raise ValueError(f"--parts {sorted(wrong)[0]} is not one of {', '.join(PARTS)}")
     samples: Samples = {}
     with unwind_on_signals(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder / "model")
         if "faults" in parts:
             samples |= measure_faults(folder)
-        if "router" in parts:
-            samples |= measure_router(folder, given)
+        if {"router", "locality"} & set(parts):
+            samples |= measure_replicas(folder, given, parts)
         if "ray" in parts:
             samples |= measure_ray(folder, given.pairs)
     config = {
@@ -141,15 +143,19 @@ def measure_faults(folder: Path) -> Samples:
     return {name: [value] for name, value in found.items() if value is not None}
 
 
-def measure_router(folder: Path, given: Any) -> Samples:
+def measure_replicas(folder: Path, given: Any, parts: list[str]) -> Samples:
     """Of two replicas, one a node."""
     content = document(folder, replicas=2)
     with local_nodes((1, 1), folder) as nodes:
         words = ("--address", nodes.address)
         with local_endpoint(content, folder / "router", *words) as endpoint:
             endpoint.wait_for("SERVING", "SERVING")
-            overhead = router_overhead(endpoint, given.requests)
-            return {"router_p50_ms": overhead, **locality(endpoint, given)}
+            found: Samples = {}
+            if "router" in parts:
+                found["router_p50_ms"] = router_overhead(endpoint, given.requests)
+            if "locality" in parts:
+                found |= locality(endpoint, given)
+            return found
 
 
 def router_overhead(endpoint: LocalEndpoint, requests: int) -> list[float]:
@@ -176,25 +182,41 @@ def router_overhead(endpoint: LocalEndpoint, requests: int) -> list[float]:
 
 
 def locality(endpoint: LocalEndpoint, given: Any) -> Samples:
-    """Cached tokens over two replicas, against the same on one; and how even the load is."""
+    """Cached tokens over two replicas, against the same on one; and how even the load is.
+
+    By the router, by two of them, each with a tree of its own, and by two that hash a prompt's
+    beginning instead, and so agree.
+    """
     servers = [replica["url"] for replica in endpoint.status()["replicas"]]
     cached_alone, _ = ask_documents(servers[:1], given, seed=1)
-    cached, tokens = ask_documents([endpoint.url], given, seed=2)
-    with second_router(endpoint, servers) as other:
-        cached_by_two, _ = ask_documents([endpoint.url, other], given, seed=3)
-    return {
-        "prefix_hit_share": [cached / cached_alone],
-        "imbalance": [max(tokens.values()) / (sum(tokens.values()) / len(servers))],
-        "prefix_hit_share_two_routers": [cached_by_two / cached_alone],
-    }
+    found: Samples = {}
+
+    def measure(name: str, urls: list[str], seed: int) -> None:
+        cached, tokens = ask_documents(urls, given, seed)
+        found[f"prefix_hit_share{name}"] = [cached / cached_alone]
+        found[f"imbalance{name}"] = [max(tokens.values()) / (sum(tokens.values()) / len(servers))]
+
+    measure("", [endpoint.url], seed=2)
+    tree = endpoint.spec.router.policy
+    with another_router(endpoint, servers, tree) as other:
+        measure("_two_routers", [endpoint.url, other], seed=3)
+    with (
+        another_router(endpoint, servers, "prefix_hash") as one,
+        another_router(endpoint, servers, "prefix_hash") as other,
+    ):
+        measure("_two_hashing", [one, other], seed=4)
+    return found
 
 
 @contextmanager
-def second_router(endpoint: LocalEndpoint, servers: list[str]) -> Iterator[str]:
-    """Another router before the same replicas, with a tree of its own."""
+def another_router(endpoint: LocalEndpoint, servers: list[str], policy: str) -> Iterator[str]:
+    """One before the same replicas, which nobody tells of the first."""
     port = free_port("127.0.0.1")
     spec = endpoint.spec.model_copy(
-        update={"server": endpoint.spec.server.model_copy(update={"port": port})}
+        update={
+            "server": endpoint.spec.server.model_copy(update={"port": port}),
+            "router": endpoint.spec.router.model_copy(update={"policy": policy}),
+        }
     )
     line = command(spec, free_port("127.0.0.1"), servers)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

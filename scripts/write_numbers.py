@@ -279,7 +279,10 @@ def cluster_section() -> list[str]:
         "router_p50_ms": "a short request through the router against one direct (ms)",
         "prefix_hit_share": "cached tokens over two replicas against one (share)",
         "imbalance": "tokens read by the busier of the two against the mean",
-        "prefix_hit_share_two_routers": "the same share with two routers before the two replicas",
+        "prefix_hit_share_two_routers": "the same share with two routers, each with its own tree",
+        "imbalance_two_routers": "and what the busier replica reads then",
+        "prefix_hit_share_two_hashing": "the share with two routers that hash (`prefix_hash`)",
+        "imbalance_two_hashing": "and what the busier replica reads then",
         "ray_vs_processes": "TP=2 as SGLang's processes against TP=2 as Ray actors, time",
     }
     rows = [

@@ -13,6 +13,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,24 +80,34 @@ class Files(Answers):
             file.close()
 
 
+@contextmanager
+def store_errors(url: str, remedy: str) -> Iterator[None]:
+    """Raise ValueError, in one line, for whatever a store's own library raises."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        raise ValueError(f"{url}: {said}; {remedy}") from None
+
+
 class Parts(Answers):
     """Numbered parts in a folder; what the manifest does not name was never answered."""
 
     def __init__(self, folder: str) -> None:
-        try:
+        self._url = folder
+        with store_errors(folder, "install what this filesystem needs"):
             self._system, self._folder = fsspec.url_to_fs(folder)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{folder}: {error}; install what this filesystem needs") from None
         self._manifest = f"{self._folder.rstrip('/')}/manifest.json"
-        self._system.makedirs(self._folder, exist_ok=True)
         self._parts: list[dict[str, Any]] = []
-        if self._system.exists(self._manifest):
-            self._parts = json.loads(self._system.cat_file(self._manifest))["parts"]
-        self._known = {
-            str(json.loads(line)["id"])
-            for part in self._parts
-            for line in self._system.cat_file(self._path(part["name"])).splitlines()
-        }
+        with store_errors(folder, "see that it can be reached, read and written"):
+            self._system.makedirs(self._folder, exist_ok=True)
+            if self._system.exists(self._manifest):
+                self._parts = json.loads(self._system.cat_file(self._manifest))["parts"]
+            self._known = {
+                str(json.loads(line)["id"])
+                for part in self._parts
+                for line in self._system.cat_file(self._path(part["name"])).splitlines()
+            }
         self._held: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         self._kept_at = time.monotonic()
 
@@ -114,6 +125,11 @@ class Parts(Answers):
         self._keep()
 
     def _keep(self) -> None:
+        with store_errors(self._url, "start the batch again when it can be written"):
+            self._write()
+        self._kept_at = time.monotonic()
+
+    def _write(self) -> None:
         for failed, answers in self._held.items():
             if answers:
                 kind = "failures" if failed else "answers"
@@ -124,7 +140,6 @@ class Parts(Answers):
                 answers.clear()
         text = json.dumps({"parts": self._parts}, indent=1)
         self._system.pipe_file(self._manifest, text.encode())
-        self._kept_at = time.monotonic()
 
     def _path(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}"

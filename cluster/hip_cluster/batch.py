@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +19,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hip_cluster import state
 from hip_cluster.answers import Answers, open_answers
+from hip_cluster.client import ask
 from hip_cluster.jobs import READ_SECONDS, Batch, Group, Inputs
 from hip_cluster.keys import read_key
+from hip_cluster.up import last_words
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.demo.server import unwind_on_signals
 from hip_sglang.secret import Secret
@@ -26,6 +32,7 @@ from hip_sglang.secret import Secret
 app = typer.Typer(add_completion=False)
 CONNECT_SECONDS = 10.0
 STOP_SECONDS = 60.0
+LOOK_SECONDS = 0.5
 
 
 @app.command()
@@ -57,12 +64,11 @@ def batch(
 
             spec = load(file)
             api_key_file, api_key_env = spec.auth.api_key_file, spec.auth.api_key_env
-            url = f"http://{spec.server.host}:{spec.server.port}"
         key = read_key(api_key_file, api_key_env)
         try:
             if groups:
-                with endpoint(file):
-                    asyncio.run(_run(str(url), key, inputs, answers, groups, total, concurrency))
+                with endpoint(file) if file else nullcontext(str(url)) as door:
+                    asyncio.run(_run(door, key, inputs, answers, groups, total, concurrency))
         except ExceptionGroup as problems:
             # every worker sees the same
             raise CliError(str(problems.exceptions[0])) from None
@@ -95,16 +101,24 @@ async def _run(
 
 
 @contextmanager
-def endpoint(file: Path | None) -> Iterator[None]:
-    """An endpoint for the time of the batch, where a document is given."""
-    if file is None:
-        yield
-        return
+def endpoint(file: Path) -> Iterator[str]:
+    """The URL of an endpoint that runs for the time of the batch; without ``RAY_ADDRESS`` on a Ray
+    of its own."""
+    from hip_cluster.spec import EndpointSpec
+
+    name = EndpointSpec.load(file).name
+    _wait_for_the_last_one(name)
     command = [sys.executable, "-m", "hip_cluster.serve", str(file)]
-    child = subprocess.Popen(command, stdout=sys.stderr)
+    command += [] if "RAY_ADDRESS" in os.environ else ["--own-ray"]
+    log = state.folder_of(name) / "supervisor.log"
+    print(f"endpoint {name}: log in {log}", file=sys.stderr)
+    with log.open("wb") as output:
+        # a driver that is killed leaves no endpoint behind
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+        )
     try:
-        _wait_until_ready(child, file)
-        yield
+        yield _when_ready(child, name, log)
     finally:
         child.terminate()
         try:
@@ -114,20 +128,27 @@ def endpoint(file: Path | None) -> Iterator[None]:
             child.wait()
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], file: Path) -> None:
-    from hip_cluster import state
-    from hip_cluster.spec import EndpointSpec
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
-    name = EndpointSpec.load(file).name
+
+def _wait_for_the_last_one(name: str) -> None:
+    """The endpoint of a driver that was killed a moment ago is on its way out."""
+    deadline = time.monotonic() + STOP_SECONDS
+    with suppress(ValueError):
+        while ask(name, "GET", "/status") and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+
+
+def _when_ready(child: subprocess.Popen[bytes], name: str, log: Path) -> str:
     while child.poll() is None:
-        try:
-            door = state.read_door(name)
-            if httpx.get(f"{door.url}/ready", timeout=5).status_code == 200:
-                return
-        except (ValueError, httpx.TransportError):
-            pass
-        time.sleep(0.5)
-    raise ChildProcessError(f"the endpoint of {file} ended with code {child.returncode}")
+        with suppress(ValueError):
+            status = ask(name, "GET", "/status")
+            urls = [one["url"] for one in status["replicas"] if one["clients"]]
+            if urls:
+                return str(status["router"]["url"] or urls[0])
+        time.sleep(LOOK_SECONDS)
+    raise ChildProcessError(last_words(log, child.returncode).removeprefix("hip-cluster: "))
 
 
 def main() -> None:

@@ -140,5 +140,9 @@ def status_of(fleet: Fleet) -> dict[str, Any]:
         "endpoint": fleet.spec.name,
         "wanted": fleet.wanted,
         "replicas": replicas,
-        "router": None if router is None else {"url": router.url, "pid": router.pid},
+        "router": {
+            "mode": fleet.spec.router.mode,
+            "url": None if router is None else router.url,
+            "pid": None if router is None else router.pid,
+        },
     }

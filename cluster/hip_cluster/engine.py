@@ -7,11 +7,11 @@ the environment is set: so what actors are given is pickled once more, as bytes.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import socket
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +21,14 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hip_cluster import logs, scrape
 from hip_cluster.arguments import server_arguments
+from hip_cluster.door import Door
 from hip_cluster.environment import adopt, carried
 from hip_cluster.janitor import Janitor
 from hip_cluster.link import Link, Member, Progress
 from hip_cluster.ports import free_port, require_free
+from hip_cluster.request_log import RequestLog, carry_request_ids, logged
 from hip_cluster.spec import EndpointSpec
 from hip_sglang.secret import Secret
 
@@ -72,10 +75,16 @@ class EngineActor:
         # that reads; who is dead or hangs the supervisor knows
         adopt({**environment, "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"})
         self._group: Group = pickle.loads(group)
+        self._name: str = self._group.member.title
+        logs.start(self._name)
         self._placement_group = placement_group
         self._janitor = Janitor()
         self._link = Link(self._group.supervisor, self._group.member)
         self._link.start()
+
+    def __repr__(self) -> str:
+        # ray tells by it whose lines are whose
+        return self._name
 
     def serve(self) -> None:
         """Load the model, then answer requests until the process ends."""
@@ -89,22 +98,41 @@ class EngineActor:
             server_args = make_server_args(group.spec, host, port, self._link.welcome)
             engine = make_engine_class(group, self._placement_group, self._janitor)
             url = f"http://{_reachable(host)}:{port}"
-            launch_server(server_args, engine, lambda: self._link.send(kind="ready", url=url))
+            launch_server(server_args, engine, self._link, url)
 
 
 class SchedulerActor:
     """One rank: SGLang's scheduler, with our plugin."""
 
-    def __init__(self, call: bytes, environment: dict[str, str], member: Member, address: Any):
+    def __init__(
+        self,
+        call: bytes,
+        environment: dict[str, str],
+        member: Member,
+        address: Any,
+        has_shelf: bool,
+    ) -> None:
         adopt(environment)
+        self._title = member.title
+        logs.start(self._title)
         self._janitor = Janitor()
         self._link = Link(address, member)
         self._link.start()
         self._name = member.name
+        self._shelf = scrape.Shelf(node_address(), member.secret) if has_shelf else None
+        if self._shelf is not None:
+            self._janitor.sweep_later(self._shelf.folder)
         with _problems_told(self._link, self._name):
             self.scheduler = make_scheduler(**pickle.loads(call))
         self._link.watch_progress(lambda: progress_of(self.scheduler))
         self._link.send(kind="loaded")
+
+    def __repr__(self) -> str:
+        return self._title
+
+    def metrics_address(self) -> scrape.Address | None:
+        """Where the server fetches what is counted here; None beside it."""
+        return None if self._shelf is None else self._shelf.address
 
     def get_info(self) -> dict[str, Any]:
         """What SGLang's engine asks of a scheduler that is ready."""
@@ -175,6 +203,7 @@ def make_engine_class(group: Group, placement_group: PlacementGroup, janitor: Ja
                         rank = stage * group.spec.parallel.tp + shard
                         actors.append(_start_rank(group, placement_group, bundle, rank, call))
             infos = ray.get([actor.get_info.remote() for actor in actors])
+            addresses = ray.get([actor.metrics_address.remote() for actor in actors])
             loops = [actor.run_event_loop.remote() for actor in actors]
             result = RaySchedulerInitResult(
                 scheduler_infos=infos,
@@ -183,6 +212,8 @@ def make_engine_class(group: Group, placement_group: PlacementGroup, janitor: Ja
             )
             # kept with the result: a task whose reference is dropped may be cancelled
             result.event_loop_refs = loops
+            away = [(rank, found) for rank, found in enumerate(addresses) if found]
+            result.shelves = scrape.Shelves(away, group.member.secret)
             return result, None
 
     return HipRayEngine
@@ -195,10 +226,11 @@ def left_behind(port_args: Any) -> list[str]:
         for value in vars(port_args).values()
         if str(value).startswith("ipc:///")
     ]
-    metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
+    metrics = os.environ.get(scrape.FOLDER_VARIABLE, "")
     # one that SGLang made; a user's own stays
     made = [metrics] if Path(metrics).name.startswith("tmp") else []
-    return [f"/dev/shm/sglang_loads_{port_args.instance_id}_*", *sockets, *made]
+    copies = [scrape.pattern(metrics)] if metrics else []
+    return [f"/dev/shm/sglang_loads_{port_args.instance_id}_*", *sockets, *copies, *made]
 
 
 def _start_rank(
@@ -207,9 +239,9 @@ def _start_rank(
     member = replace(group.member, role="rank", rank=rank)
     parallel = group.spec.parallel
     environment = {**group.environment, **carried()}
-    # prometheus_client keeps what several processes count in files of one machine
-    if bundle == 0 and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        environment["PROMETHEUS_MULTIPROC_DIR"] = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    counts = scrape.FOLDER_VARIABLE in os.environ
+    if counts and bundle == 0:
+        environment[scrape.FOLDER_VARIABLE] = os.environ[scrape.FOLDER_VARIABLE]
     if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ and parallel.device == "cpu":
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = os.environ["SGLANG_CPU_OMP_THREADS_BIND"]
     actor = ray.remote(SchedulerActor).options(
@@ -222,7 +254,8 @@ def _start_rank(
             placement_group=placement_group, placement_group_bundle_index=bundle
         ),
     )
-    return actor.remote(pickle.dumps(call), environment, member, group.supervisor)
+    has_shelf = counts and bundle > 0
+    return actor.remote(pickle.dumps(call), environment, member, group.supervisor, has_shelf)
 
 
 def make_scheduler(
@@ -254,7 +287,7 @@ def make_scheduler(
     ranks = SpawnRanks(world_rank=world_rank, dp_rank=resolve_spawn_dp_rank(None), gpu_id=gpu_id)
     publish(server_args, role="scheduler", ranks=ranks)
     configure_scheduler_process(server_args, gpu_id)
-    return Scheduler(server_args=server_args, port_args=port_args)
+    return logged(Scheduler)(server_args=server_args, port_args=port_args)
 
 
 def device_index(assigned: str, visible: str | None) -> int:
@@ -273,8 +306,8 @@ def progress_of(scheduler: Any) -> Progress:
     return Progress(steps=scheduler.forward_ct, busy=busy)
 
 
-def launch_server(server_args: Any, engine: Any, on_ready: Callable[[], None]) -> None:
-    """SGLang's ``launch_server`` with another engine class; ``on_ready`` is called when warm."""
+def launch_server(server_args: Any, engine: Any, link: Link, url: str) -> None:
+    """SGLang's ``launch_server`` with another engine class; the supervisor is told when warm."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import (
         init_tokenizer_manager,
@@ -290,6 +323,17 @@ def launch_server(server_args: Any, engine: Any, on_ready: Callable[[], None]) -
     )
     tokenizer_manager, template_manager, port_args, schedulers, watchdog, _ = parts
     carry_request_ids(tokenizer_manager)
+    tokenizer_manager.request_logger = RequestLog(tokenizer_manager.request_logger)
+    running: set[int] = set()
+    http_server.app.add_middleware(
+        Door,
+        is_draining=lambda: link.draining,
+        refresh=schedulers.shelves.fetch,
+        running=running,
+    )
+    # steps are made by ranks: a server that reports does not hang
+    reports = itertools.count()
+    link.watch_progress(lambda: Progress(steps=next(reports), busy=bool(running)))
     http_server._setup_and_run_http_server(
         server_args,
         tokenizer_manager,
@@ -297,24 +341,8 @@ def launch_server(server_args: Any, engine: Any, on_ready: Callable[[], None]) -
         port_args,
         schedulers.scheduler_infos,
         watchdog,
-        launch_callback=on_ready,
+        launch_callback=lambda: link.send(kind="ready", url=url),
     )
-
-
-def carry_request_ids(tokenizer_manager: Any) -> None:
-    """Let SGLang call a request by the router's id for it, in its log and in ``meta_info``.
-
-    With an ending of our own: two requests of one id would be taken for one another.
-    """
-    generate = tokenizer_manager.generate_request
-
-    def generate_request(obj: Any, request: Any = None) -> Any:
-        given = request.headers.get("x-request-id") if request is not None else None
-        if given and obj.rid is None:
-            obj.rid = f"{given}.{uuid.uuid4().hex[:8]}"
-        return generate(obj, request)
-
-    tokenizer_manager.generate_request = generate_request
 
 
 def require_model(path: str) -> None:

@@ -46,6 +46,7 @@ def facts(spec: EndpointSpec) -> dict[str, Any]:
         "name": spec.name,
         "replicas": spec.replicas,
         "ranks": spec.parallel.ranks,
+        "router": spec.router.mode,
         "placement": {"strategy": asked.strategy, "bundles": list(asked.bundles)},
         "memory_mib": {
             "total": need.total_mib,
@@ -64,5 +65,8 @@ def _door(spec: EndpointSpec) -> str:
     if spec.router.mode == "managed":
         return f"clients reach a router at {server}, which chooses a replica"
     if spec.router.mode == "external":
-        return f"a router that is not ours finds SGLang's server at {server} by its readiness"
+        return (
+            f"no router is started: yours finds SGLang's server at {server} by its /health, which "
+            f"answers 503 while it drains; it goes on to serve for {spec.router.notice_s:g} s then"
+        )
     return f"clients reach SGLang's server at {server}, on the machine of the first rank"

@@ -84,6 +84,8 @@ class Fleet:
         self._metrics = metrics
         self._run = secrets.token_hex(3)
         self._hang = hang_seconds(spec)
+        # a router of ours is told, one that is not has to notice
+        self._notice = spec.router.notice_s if spec.router.mode == "external" else 0.0
         self._attempts: dict[int, Attempt] = {}
         self._loaded: dict[int, set[int]] = {}
         self._idle_looks: dict[int, int] = {}
@@ -220,6 +222,8 @@ class Fleet:
             if replica is None:
                 continue
             wires = [self.links.wires[m] for m in self.links.members(index, replica.attempt)]
+            if time.monotonic() - replica.since < self._notice:
+                continue
             busy = loads.get(replica.url, 0) > 0 or any(wire.progress.busy for wire in wires)
             self._idle_looks[index] = 0 if busy else self._idle_looks.get(index, 0) + 1
             # a request may be on its way from the server to the ranks

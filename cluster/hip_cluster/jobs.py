@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 import httpx
 
-from hip_cluster.answers import Answers
+from hip_cluster.answers import Answers, store_errors
 
 # questions whose first characters agree are taken to be of one document
 PREFIX_CHARACTERS = 4096
@@ -50,10 +50,8 @@ class Inputs:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        try:
+        with store_errors(f"--input {url}", "name a file of JSON lines"):
             self._file = fsspec.open(url, "rb").open()
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"--input {url}: {error}; name a file of JSON lines") from None
 
     def groups(self, answered: set[str]) -> tuple[list[Group], int]:
         """The questions that are open, by document, and how many lines there are in all."""
@@ -79,8 +77,9 @@ class Inputs:
 
     def read(self, question: Question) -> dict[str, Any]:
         """The whole line again."""
-        self._file.seek(question.offset)
-        record: dict[str, Any] = json.loads(self._file.readline())
+        with store_errors(self._url, "start the batch again when it can be read"):
+            self._file.seek(question.offset)
+            record: dict[str, Any] = json.loads(self._file.readline())
         return record
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
 """The wire between a rank and the supervisor: one TCP connection, JSON lines.
 
 Its end tells either side that the other one died, a second after it did. On it a rank says twice a
-second how many steps it made; the supervisor says nothing but the endpoint's key, once.
+second how many steps it made; the supervisor says the endpoint's key, once, and when to drain.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -39,6 +38,11 @@ class Member:
     def name(self) -> str:
         return "engine" if self.role == "engine" else f"rank {self.rank}"
 
+    @property
+    def title(self) -> str:
+        """What it is called in the log of the whole endpoint."""
+        return f"replica {self.replica} {self.name}"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -66,6 +70,7 @@ class Link:
         self._sending = threading.Lock()
         self._progress = progress
         self._on_lost = on_lost
+        self.draining = False  # the supervisor said that no new clients are wanted
         hello = {"kind": "hello", "pid": os.getpid(), "node": socket.gethostname()}
         self.send(**hello, **member.__dict__)
         self.welcome: Mapping[str, Any] = json.loads(self._reader.readline() or b"{}")
@@ -102,9 +107,7 @@ class Link:
     def _watch(self) -> None:
         try:
             while line := self._reader.readline():
-                if json.loads(line)["kind"] == "drain":
-                    # SGLang's own way to end: unhealthy at once, gone when its requests are
-                    os.kill(os.getpid(), signal.SIGTERM)
+                self.draining = json.loads(line)["kind"] == "drain"
         except (OSError, ValueError):
             pass
         print(

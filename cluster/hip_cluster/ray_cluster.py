@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hip_cluster import logs
 from hip_cluster.budget import host_memory
 from hip_cluster.link import set_keepalive
 from hip_cluster.placement import Placement, placement
@@ -101,6 +102,7 @@ class RayCluster:
         except Exception as error:
             # of many kinds, with pages of advice
             raise ClusterError(_connection_problem(address, error)) from None
+        logs.take_over_from_ray()
         self.address: str = ray.get_runtime_context().gcs_address
         self.node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 

@@ -50,11 +50,15 @@ class RouterError(ClusterError):
 
 def main() -> None:
     """What the router's process runs: smg, with the key from its environment."""
-    from smg.launch_router import launch_router, parse_router_args
+    from smg.launch_router import parse_router_args
+    from smg.router import Router as Smg
 
     arguments = parse_router_args(sys.argv[1:])
     arguments.api_key = os.environ.pop(KEY_VARIABLE, None)
-    launch_router(arguments)
+    # smg's own start makes who discovers replicas route by model, and then turns away each
+    # /generate, for that names none; here all replicas have one model
+    arguments._validate_router_args()
+    Smg.from_args(arguments).start()
 
 
 def command(spec: EndpointSpec, metrics_port: int, workers: Iterable[str] = ()) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from hip_cluster import state
+from hip_cluster import logs, state
 from hip_cluster.cli import load
 from hip_cluster.keys import read_key
 from hip_cluster.ports import require_free
@@ -44,8 +44,7 @@ def serve(
     ] = False,
 ) -> None:
     """Run an endpoint until it is ended, or given up."""
-    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO)
+    logs.start("supervisor")
     spec = load(file)
     with one_line_errors():
         folder = state.folder_of(spec.name)

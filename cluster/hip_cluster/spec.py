@@ -142,7 +142,7 @@ class Router(Section):
     mode: Literal["none", "managed", "external"] = Field(
         default="none",
         description="none: clients reach the one replica; managed: started here; external: another "
-        "program finds this replica by its readiness",
+        "program finds this replica by its readiness (/health)",
     )
     policy: str = Field(default="cache_aware", description="smg's --policy")
     command: list[str] = Field(
@@ -150,6 +150,24 @@ class Router(Section):
         description="another router's command line; {host}, {port} and {policy} are filled in",
     )
     arguments: list[str] = Field(default_factory=list, description="more arguments of the router")
+    notice_s: Seconds = Field(
+        default=30.0,
+        description="external: seconds that a draining replica, unhealthy by then, goes on to "
+        "answer for routers that have not noticed yet; more than their probes take to notice",
+    )
+
+    @model_validator(mode="after")
+    def _of_one_mode(self) -> Self:
+        ours = {"policy", "command", "arguments"} & self.model_fields_set
+        if ours and self.mode != "managed":
+            raise PydanticCustomError(
+                "not_managed",
+                "{key} is for a router that is started here; take it out, or set mode to managed",
+                {"key": sorted(ours)[0]},
+            )
+        if "notice_s" in self.model_fields_set and self.mode != "external":
+            raise PydanticCustomError("not_external", "notice_s is for mode external; take it out")
+        return self
 
 
 class Auth(Section):

@@ -56,7 +56,7 @@ def run_endpoint(spec: EndpointSpec, file: Path, address: str | None) -> int:
                 break
             console.print("Ray's head is gone; starting again", soft_wrap=True)
     if code not in (0, 130):
-        print(_last_words(log, code), file=sys.stderr)
+        print(last_words(log, code), file=sys.stderr)
     return code
 
 
@@ -137,7 +137,8 @@ def _require_free_name(name: str) -> None:
     )
 
 
-def _last_words(log: Path, code: int) -> str:
+def last_words(log: Path, code: int) -> str:
+    """Why a supervisor ended with this code, in one line, by its log."""
     lines = log.read_text(errors="replace").splitlines()
     ours = [line for line in lines if line.startswith("hip-cluster: ")]
     if ours:

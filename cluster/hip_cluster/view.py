@@ -18,7 +18,8 @@ def show(status: dict[str, Any]) -> None:
 def table_of(status: dict[str, Any]) -> Table:
     """A row a replica."""
     router = status["router"]
-    door = f", router at {router['url']}" if router else ""
+    doors = {"managed": f", router at {router['url']}", "external": ", router not ours"}
+    door = doors.get(router["mode"], "")
     table = Table(title=f"{status['endpoint']}: {status['wanted']} wanted{door}")
     for column in ("replica", "state", "attempt", "server", "ranks", "steps", "last error"):
         table.add_column(column)

@@ -41,7 +41,7 @@ def test_each_of_a_pair_is_first_in_turn_and_the_ratio_says_whose_time_is_longer
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--parts", "fault"], "--parts fault is not one of faults, router and ray"),
+        (["--parts", "fault"], "--parts fault is not one of faults, router, locality, ray"),
         (["--pairs", "1"], "--pairs 1 is too small; give 2 or more"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ PROMPT = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(900)]
 @pytest.fixture(scope="module")
 def endpoint(two_nodes, tiny_llama, tmp_path_factory):
     content = document(tiny_llama, parallel={"tp": 2, "nodes": 2}, router={"mode": "managed"})
+    content["server"]["arguments"].append("--enable-metrics-for-all-schedulers")
     folder = tmp_path_factory.mktemp("endpoint")
     with local_endpoint(content, folder, "--address", two_nodes.address) as running:
         running.wait_for("SERVING")
@@ -60,32 +62,59 @@ def one_process(tiny_llama, tmp_path, endpoint):
 def test_two_nodes_give_the_tokens_of_one_process(endpoint, one_process):
     sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     body = {"input_ids": PROMPT, "sampling_params": sampling}
+    server = endpoint.status()["replicas"][0]["url"]
+    before, ours_before = scrape(one_process), scrape(server)
     for _ in range(2):
         answer = httpx.post(f"{one_process}/generate", json=body, timeout=120).json()
     expected = answer["output_ids"]
     assert generate(endpoint.url, PROMPT, 24, KEY) == expected
     # and once more, from the prefix cache
     assert generate(endpoint.url, PROMPT, 24, KEY) == expected
-    metrics = httpx.get(f"{one_process}/metrics", timeout=60).text
-    server = endpoint.status()["replicas"][0]["url"]
-    with client(endpoint) as http:
-        ours = http.get(f"{server}/metrics").text
+    after, ours = scrape(one_process), scrape(server)
+    assert counted(before, after) == counted(ours_before, ours)
     # what the router asks of it counts, too
-    assert names(metrics) <= names(ours)
-    assert sparse_steps(ours) > 0
+    assert names(after) <= names(ours)
 
 
-def names(scrape):
-    found = set(re.findall(r"^# TYPE (\S+)", scrape, re.MULTILINE))
+def scrape(url):
+    return httpx.get(f"{url}/metrics", timeout=60).text
+
+
+def names(text):
+    found = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     assert {name for name in found if name.startswith("hip_sglang_")}
     return found
 
 
-def sparse_steps(scrape):
-    (count,) = re.findall(
-        r'^hip_sglang_query_blocks_total\{kind="sparse",phase="decode"\} (\S+)', scrape, re.M
-    )
-    return float(count)
+COUNTED = (
+    'hip_sglang_query_blocks_total{kind="sparse",phase="decode"}',
+    'hip_sglang_query_blocks_total{kind="dense",phase="prefill"}',
+    'hip_sglang_choices_total{kind="fresh"}',
+    'hip_sglang_visible_pages_total{phase="decode"}',
+    "sglang:prompt_tokens_total",
+    "sglang:generation_tokens_total",
+    "sglang:cached_tokens_total",
+    "sglang:num_requests_total",
+)
+
+
+def counted(before, after):
+    """What came to some of the counters between two scrapes; each moved."""
+    found = {name: total(after, name) - total(before, name) for name in COUNTED}
+    assert all(found.values()), found
+    return found
+
+
+def total(text, name):
+    lines = [line for line in text.splitlines() if re.match(re.escape(name) + r"[{ ]", line)]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_one_scrape_has_the_rank_on_the_other_machine(endpoint):
+    generate(endpoint.url, PROMPT[:50], 4, KEY)
+    text = scrape(endpoint.status()["replicas"][0]["url"])
+    queued = re.findall(r'^sglang:num_queue_reqs\{.*tp_rank="(\d)".*\} \S+', text, re.M)
+    assert sorted(queued) == ["0", "1"]
 
 
 def test_the_ranks_stand_on_two_nodes(endpoint):
@@ -118,7 +147,7 @@ def test_commands_that_change_something_want_the_token(endpoint):
     assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
 
 
-def test_a_request_has_one_name_in_the_router_and_in_the_server(endpoint):
+def test_a_request_has_one_id_in_the_log_of_router_server_and_every_rank(endpoint):
     with client(endpoint) as http:
         answer = http.post(
             "/generate",
@@ -126,8 +155,28 @@ def test_a_request_has_one_name_in_the_router_and_in_the_server(endpoint):
             headers={"X-Request-Id": "mine-17"},
         )
     assert answer.headers["x-request-id"] == "mine-17"
-    assert answer.json()["meta_info"]["id"].startswith("mine-17.")
-    assert "mine-17" in (home() / "test" / "router.log").read_text()
+    rid = answer.json()["meta_info"]["id"]
+    assert rid.startswith("mine-17.")
+    expected = {("replica 0 engine", f"request {what}") for what in ("received", "answered")}
+    for rank in (0, 1):
+        expected |= {(f"replica 0 rank {rank}", f"request {what}") for what in ("queued", "ended")}
+    deadline, found = time.monotonic() + 30, set()
+    while found != expected and time.monotonic() < deadline:
+        # what a rank prints comes a moment later
+        time.sleep(0.2)
+        lines = [line for line in log_of(endpoint.log) if line.get("request_id") == "mine-17"]
+        found = {(line["process"], line["message"]) for line in lines}
+    assert found == expected
+    assert {line["rid"] for line in lines} == {rid}
+    spans = [line.get("span", {}) for line in log_of(home() / "test" / "router.log")]
+    assert "mine-17" in {span.get("request_id") for span in spans}
+
+
+def log_of(path):
+    """Every line is an object with a time and a message."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line["timestamp"] and "message" in line for line in lines)
+    return lines
 
 
 def test_a_second_endpoint_on_its_port_is_refused_in_one_line(endpoint, tiny_llama, tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -14,7 +17,7 @@ from aiohttp import web
 from hip_cluster.control import Control
 from hip_cluster.metrics import Metrics
 from hip_cluster.ports import free_port
-from hip_cluster.router import Router, RouterError, command
+from hip_cluster.router import KEY_VARIABLE, Router, RouterError, command
 from hip_cluster.spec import EndpointSpec
 
 from hip_sglang.secret import Secret
@@ -172,6 +175,40 @@ def test_the_key_is_asked_for_and_stands_nowhere(tmp_path):
             process = psutil.Process(routed.router.pid)
             assert KEY not in " ".join(process.cmdline())
             assert KEY not in (tmp_path / "router.log").read_text()
+
+    asyncio.run(run())
+
+
+def test_a_router_that_finds_replicas_by_itself_takes_requests_that_name_no_model(tmp_path):
+    """As the chart's does: smg would route by model then, and turn these away."""
+
+    async def run():
+        async with Worker() as worker:
+            manifest, port = tmp_path / "workers.json", free_port("127.0.0.1")
+            manifest.write_text(json.dumps({"version": 1, "workers": [{"url": worker.url}]}))
+            line = [sys.executable, "-m", "hip_cluster.router", "--port", str(port)]
+            line += ["--prometheus-port", str(free_port("127.0.0.1"))]
+            line += ["--discovery-provider", "file", "--discovery-file", str(manifest)]
+            environment = {**os.environ, KEY_VARIABLE: KEY}
+            process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
+            try:
+                assert await first_answer(f"http://127.0.0.1:{port}") == {"text": worker.url}
+            finally:
+                process.kill()
+                process.wait()
+
+    async def first_answer(url, seconds=30):
+        deadline, headers = time.monotonic() + seconds, {"Authorization": f"Bearer {KEY!s}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as http:
+            while time.monotonic() < deadline:
+                try:
+                    answer = await http.post("/generate", json={"text": "x"})
+                    if answer.status_code == 200:
+                        return answer.json()
+                except httpx.TransportError:
+                    pass
+                await asyncio.sleep(0.05)
+        return answer.text
 
     asyncio.run(run())
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from hip_cluster.faults import Traffic
 from hip_cluster.local import generate, local_endpoint, local_nodes
+from hip_cluster.ports import free_port
+from hip_cluster.router import KEY_VARIABLE
+from hip_cluster.state import read_door
 
 from tests.cluster.conftest import KEY, document, hip_cluster, said
 
@@ -52,13 +60,29 @@ def test_scaling_and_a_rolling_restart_lose_no_request(two_nodes, tiny_llama, tm
         assert endpoint.process.wait(120) == 0
 
 
-def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
+def test_without_a_router_clients_of_a_dead_rank_are_cut_and_of_a_draining_one_served(
     two_nodes, tiny_llama, tmp_path
 ):
     content = document(tiny_llama, name="plain")
     with local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint:
         endpoint.wait_for("SERVING")
         headers = {"Authorization": f"Bearer {KEY}"}
+        sampling = {"temperature": 0, "max_new_tokens": 8000, "ignore_eos": True}
+        body = {"input_ids": [1, 2, 3], "sampling_params": sampling, "stream": True}
+        with (
+            httpx.Client(headers=headers, timeout=60) as http,
+            http.stream("POST", f"{endpoint.url}/generate", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            os.kill(endpoint.pid_of("rank 0"), signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+            assert time.monotonic() - began < 5
+        while endpoint.status()["replicas"][0]["attempt"] == 1:
+            time.sleep(0.1)
+        endpoint.wait_for("SERVING")
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(generate, endpoint.url, list(range(1, 40)), 600, KEY)
             time.sleep(2)
@@ -69,6 +93,63 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
             assert not running.done()
             assert len(running.result()) == 600
         assert endpoint.process.wait(120) == 0
+
+
+@contextmanager
+def foreign_router(folder, server):
+    """The chart's router, which nobody tells of replicas: here it reads them in a file."""
+    port, manifest = free_port("127.0.0.1"), folder / "workers.json"
+    manifest.write_text(json.dumps({"version": 1, "workers": [{"url": server}]}))
+    line = [sys.executable, "-m", "hip_cluster.router", "--port", str(port)]
+    line += ["--prometheus-port", str(free_port("127.0.0.1"))]
+    line += ["--discovery-provider", "file", "--discovery-file", str(manifest)]
+    line += ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    environment = {**os.environ, KEY_VARIABLE: KEY}
+    with (folder / "foreign.log").open("wb") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_router_that_is_not_ours_finds_the_replica_and_loses_nothing_when_it_drains(
+    two_nodes, tiny_llama, tmp_path
+):
+    content = document(tiny_llama, name="foreign", router={"mode": "external", "notice_s": 6.0})
+    with local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint:
+        endpoint.wait_for("SERVING")
+        assert "router not ours" in hip_cluster("status", "foreign").stdout
+        family = psutil.Process(endpoint.process.pid).children(recursive=True)
+        assert not [one for one in family if "hip_cluster.router" in one.cmdline()]
+        supervisor = read_door("foreign").url
+        with foreign_router(tmp_path, endpoint.url) as url, ThreadPoolExecutor(1) as pool:
+            deadline, headers = time.monotonic() + 60, {"Authorization": f"Bearer {KEY}"}
+            body = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+            while time.monotonic() < deadline:
+                try:
+                    answer = httpx.post(f"{url}/generate", json=body, headers=headers, timeout=60)
+                    if answer.status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.2)
+            assert answer.status_code == 200
+            with Traffic(url, KEY).running() as traffic:
+                time.sleep(2)
+                running = pool.submit(generate, url, list(range(1, 40)), 600, KEY)
+                time.sleep(1)
+                assert hip_cluster("drain", "foreign").returncode == 0
+                assert httpx.get(f"{supervisor}/ready", timeout=30).status_code == 503
+                assert httpx.get(f"{endpoint.url}/health", timeout=30).status_code == 503
+                assert len(running.result()) == 600
+                assert endpoint.process.wait(120) == 0
+                time.sleep(2)
+        assert traffic.answered
+        # whoever came later was turned away: what smg says without a worker is smg's affair
+        assert traffic.turned_away + traffic.unknown
+        assert (traffic.cut, traffic.problems) == (0, [])
 
 
 def test_kv_in_host_memory_gives_the_same_tokens_under_ray(two_nodes, tiny_llama, tmp_path):
@@ -107,6 +188,17 @@ def test_what_can_never_run_is_told_in_one_line(two_nodes, tiny_llama, tmp_path,
         assert endpoint.process.wait(PATIENCE) == 2
         (line,) = said(endpoint)
     assert words in line
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(two_nodes, tiny_llama, tmp_path):
+    content = document(tiny_llama, name="taken", limits={"restarts": 0})
+    with (
+        socket.create_server(("127.0.0.1", content["server"]["port"])),
+        local_endpoint(content, tmp_path, "--address", two_nodes.address) as endpoint,
+    ):
+        assert endpoint.process.wait(PATIENCE) == 2
+        (line,) = said(endpoint)
+    assert f"server.port={content['server']['port']} is in use on 127.0.0.1" in line
 
 
 def test_without_a_token_nothing_starts(two_nodes, tiny_llama, tmp_path, monkeypatch):

@@ -62,6 +62,14 @@ def test_a_small_document_is_enough(document, capsys):
         ),
         ({"router": {"mode": "nginx"}}, "router.mode=nginx: input should be 'none', 'managed'"),
         (
+            {"router": {"mode": "external", "policy": "round_robin"}},
+            "router: policy is for a router that is started here; take it out, or set mode to",
+        ),
+        (
+            {"router": {"mode": "managed", "notice_s": 5.0}},
+            "router: notice_s is for mode external; take it out",
+        ),
+        (
             {"auth": {"api_key_file": "k", "api_key_env": "K"}},
             "auth: give api_key_file or api_key_env, not both",
         ),
@@ -155,6 +163,26 @@ def test_explain_says_where_and_how_much(document, capsys):
     assert "each rank offloads 32.0 GiB" in shown
     assert run(["explain", "--json", "-f", document(content)]) == 0
     assert json.loads(capsys.readouterr().out)["memory_mib"]["total"] == 307200
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        ({}, "clients reach SGLang's server at 127.0.0.1:30000"),
+        ({"mode": "managed"}, "clients reach a router at 127.0.0.1:30000, which chooses a replica"),
+        (
+            {"mode": "external", "notice_s": 20.0},
+            "no router is started: yours finds SGLang's server at 127.0.0.1:30000 by its /health, "
+            "which answers 503 while it drains; it goes on to serve for 20 s then",
+        ),
+    ],
+)
+def test_explain_says_whom_clients_reach(document, capsys, router, said):
+    content = document(GOOD | {"router": router})
+    assert run(["explain", "-f", content]) == 0
+    assert said in capsys.readouterr().out
+    assert run(["explain", "--json", "-f", content]) == 0
+    assert json.loads(capsys.readouterr().out)["router"] == router.get("mode", "none")
 
 
 def test_the_schema_accepts_what_is_valid_and_nothing_unknown(capsys):
