@@ -66,6 +66,10 @@ def test_without_a_router_a_draining_server_says_so_and_ends_its_requests(
             time.sleep(1)
             health = httpx.get(f"{endpoint.url}/health", headers=headers, timeout=60)
             assert health.status_code == 503
+            body = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+            late = httpx.post(f"{endpoint.url}/generate", json=body, headers=headers, timeout=60)
+            assert late.status_code == 503
+            assert late.headers["Retry-After"]
             assert not running.done()
             assert len(running.result()) == 600
         assert endpoint.process.wait(120) == 0
