@@ -240,12 +240,12 @@ def test_host_memory_holds_the_tokens_that_offload_counts(
 
 def test_every_rank_of_a_pod_has_a_gpu():
     limits = engine(chart.render(chart.CI["standalone"]))["containers"][0]["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == 8
+    assert limits["nvidia.com/gpu"] == "8"
     for where, pod in chart.render(chart.CI["ray-2x8"]).pods():
         if "worker" in pod["spec"]["containers"][0]["name"]:
             limits = pod["spec"]["containers"][0]["resources"]["limits"]
-            assert limits["nvidia.com/gpu"] == 8, where
-            assert limits["rdma/hca_shared_devices_a"] == 8, where
+            assert limits["nvidia.com/gpu"] == "8", where
+            assert limits["rdma/hca_shared_devices_a"] == "8", where
 
 
 def test_only_what_asks_for_it_may_lock_memory(release):

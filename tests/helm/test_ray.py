@@ -126,7 +126,7 @@ def test_pods_are_as_many_as_the_document_s_nodes(release):
     for group in groups(release).values():
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert limits["nvidia.com/gpu"] == spec.parallel.ranks_per_node
+        assert limits["nvidia.com/gpu"] == str(spec.parallel.ranks_per_node)
 
 
 def test_the_document_says_what_the_values_say(release):

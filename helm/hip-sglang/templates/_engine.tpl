@@ -165,10 +165,10 @@ requests:
 limits:
   memory: {{ include "hip.memoryMiB" . }}Mi
   {{- if eq $engine.device "cuda" }}
-  {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . }}
+  {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . | quote }}
   {{- end }}
   {{- if $engine.rdma.enabled }}
-  {{ $engine.rdma.resource }}: {{ $engine.rdma.count }}
+  {{ $engine.rdma.resource }}: {{ $engine.rdma.count | quote }}
   {{- end }}
 {{- end -}}
 
