@@ -49,12 +49,17 @@ class RouterError(ClusterError):
 
 
 def main() -> None:
-    """What the router's process runs: smg, with the key from its environment."""
-    from smg.launch_router import launch_router, parse_router_args
+    """What the router's process runs: smg, with the key from its environment.
+
+    Not by smg's own launcher: where that discovers workers it expects several models, and refuses
+    what names none, as SGLang's frontend language does.
+    """
+    from smg.launch_router import parse_router_args
+    from smg.router import Router as Smg
 
     arguments = parse_router_args(sys.argv[1:])
     arguments.api_key = os.environ.pop(KEY_VARIABLE, None)
-    launch_router(arguments)
+    Smg.from_args(arguments).start()
 
 
 def command(spec: EndpointSpec, metrics_port: int, workers: Iterable[str] = ()) -> list[str]:

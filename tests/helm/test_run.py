@@ -208,11 +208,22 @@ class TestTheRenderedEngine:
         door = {"name": "KUBECONFIG", "value": str(kubernetes.kubeconfig(account, "ns"))}
         router["env"] = [*(one for one in router["env"] if "value" in one), key, door]
         with machine.start(router, machine.root / "discovering.log") as process:
-            wait_until(lambda: generate(router, 4).status_code == 503, process)
+            wait_until(lambda: probe(router, "livenessProbe"), process)
+            # its Service sends nobody to a router that knows no engine
+            assert not probe(router, "readinessProbe")
             kubernetes.start_pod("ns", "engine", pods["engine"])
+            # without a model's name: so asks SGLang's frontend language
             wait_until(lambda: generate(router, 4).status_code == 200, process)
+            assert probe(router, "readinessProbe")
+            kubernetes.set_ready("ns", "engine", ready=False)
+            wait_until(lambda: not probe(router, "readinessProbe"), process)
+            assert generate(router, 4).status_code != 200
+            kubernetes.set_ready("ns", "engine", ready=True)
+            wait_until(lambda: probe(router, "readinessProbe"), process)
+            # ready still, until its kubelet has ended it: new requests go elsewhere at once
             kubernetes.kubectl("--namespace", "ns", "delete", "pod", "engine", "--wait=false")
-            wait_until(lambda: generate(router, 4).status_code == 503, process)
+            assert kubernetes.one("ns", "pod", "engine")["metadata"]["deletionTimestamp"]
+            wait_until(lambda: not probe(router, "readinessProbe"), process)
             lines = [Path(f"/proc/{one.pid}/cmdline").read_bytes() for one in processes(process)]
             assert not [line for line in lines if KEY.encode() in line]
 
