@@ -1,5 +1,6 @@
 """What the rendered objects say: selectors, probes, memory, permissions."""
 
+import json
 import re
 from pathlib import Path
 
@@ -175,6 +176,35 @@ def chart_values(spec):
         engine["offload"] = {"enabled": True, "hostGiB": spec["offload"]["host_gib"]}
     model = {"contextLength": 64, "shape": {"layers": 2, "kvHeads": 48, "headDim": 64}}
     return {"engine": engine, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("change", "source"),
+    [
+        ({}, {"emptyDir": {"sizeLimit": "1075200Mi"}}),
+        ({"existingClaim": "mine"}, {"persistentVolumeClaim": {"claimName": "mine"}}),
+    ],
+)
+def test_prefixes_on_disk_have_a_volume_that_holds_them(change, source):
+    more = {"engine": {"offload": {"disk": change}}}
+    release = chart.render(chart.merged(chart.ci_values("offload"), more))
+    spec = release.one("Deployment", "engine")["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    config = HipConfig.load(
+        json.loads(container["args"][container["args"].index("--hip-config") + 1])
+    )
+    (mount,) = (
+        one
+        for one in container["volumeMounts"]
+        if one["mountPath"] == str(config.offload.disk.path)
+    )
+    assert "readOnly" not in mount
+    assert {"name": mount["name"], **source} in spec["volumes"]
+    # an emptyDir is the node's own disk, and the scheduler has to know
+    asked = container["resources"]["requests"].get("ephemeral-storage")
+    assert asked == source.get("emptyDir", {}).get("sizeLimit")
+    if asked:
+        assert mebibytes(asked) >= config.offload.disk.gib * 1024
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

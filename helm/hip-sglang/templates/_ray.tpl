@@ -29,6 +29,9 @@ offload:
   {{- with .deviceTokens }}
   device_tokens: {{ int64 . }}
   {{- end }}
+  {{- with .disk.gib }}
+  disk: {path: /kv, gib: {{ float64 . }}}
+  {{- end }}
 {{- end }}
 {{- end }}
 memory:
