@@ -25,10 +25,10 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check helm-tools helm-test chart bench numbers lock clean
+.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check helm-tools helm-test helm-e2e chart bench numbers lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with locked versions (Linux x86-64, Python 3.11 or 3.12)
 	@scripts/setup.sh
@@ -67,6 +67,10 @@ helm-tools: setup ## fetch helm 4 and 3, kubectl and Kubernetes' schemas into .t
 
 helm-test: helm-tools ## the chart: lint, render, validate, refuse; its slow tests run in make soak
 	$(TWO_AT_A_TIME) tests/helm -m "not soak" $(ARGS)
+
+helm-e2e: helm-tools ## build a real kube-apiserver, once (Debian; half an hour), and install the chart there
+	$(BIN)/python scripts/kube_apiserver.py
+	$(BIN)/pytest tests/helm -m kubernetes $(ARGS)
 
 chart: helm-tools ## rewrite what the chart repeats: HipConfig's schema, its README, deploy/
 	$(BIN)/python scripts/write_chart.py

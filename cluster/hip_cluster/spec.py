@@ -92,6 +92,15 @@ class Parallel(Section):
         return self.ranks // self.nodes
 
 
+class Disk(Section):
+    """Prefixes on a local disk of each machine, which outlive host memory and a restart."""
+
+    path: str = Field(min_length=1, description="a directory on each machine")
+    gib: Annotated[float, Field(gt=0)] = Field(
+        description="GiB of it on each machine, divided by its ranks"
+    )
+
+
 class Offload(Section):
     """KV in host memory."""
 
@@ -102,6 +111,7 @@ class Offload(Section):
         default=None, description="tokens of the page cache on the device, a rank"
     )
     miss_policy: Literal["fetch", "estimate"] = "fetch"
+    disk: Disk | None = None
 
 
 class Memory(Section):

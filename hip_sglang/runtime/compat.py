@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hip_sglang.runtime import chunks, doors, host_platform, mixed, offload, request_checks
+from hip_sglang.runtime import (
+    chunks,
+    doors,
+    drain,
+    host_platform,
+    mixed,
+    offload,
+    request_checks,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,11 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         request_checks.validate_one_request,
         "lets token ids through that no row of the embedding has, and the scheduler dies of them",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.set_server_stop_hook",
+        drain.set_server_stop_hook,
+        "answers new requests after SIGTERM, and has no list of middleware that plugins may add to",
     ),
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",

@@ -18,6 +18,8 @@ from hip_cluster.ports import free_port
 from hip_cluster.state import home, read_door
 
 from tests.cluster.conftest import KEY, client, document, hip_cluster, said
+from tests.helm import chart
+from tests.helm.queries import queries_of, unanswered
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 PROMPT = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(900)]
@@ -115,6 +117,20 @@ def test_one_scrape_has_the_rank_on_the_other_machine(endpoint):
     text = scrape(endpoint.status()["replicas"][0]["url"])
     queued = re.findall(r'^sglang:num_queue_reqs\{.*tp_rank="(\d)".*\} \S+', text, re.M)
     assert sorted(queued) == ["0", "1"]
+
+
+def test_every_query_of_the_chart_is_answered_by_the_engine_and_its_supervisor(endpoint):
+    """Ray mode's alerts, and the dashboard; nothing is sent to Ray's own agent."""
+    chart.tools.fetch()
+    values = chart.merged(chart.ci_values("ray-2x8"), {"monitoring": {"rules": True}})
+    # twice: a prefix that is found; so many that SGLang tells of them before the last
+    for _ in range(2):
+        generate(endpoint.url, PROMPT, 80, KEY)
+    doors = [endpoint.status()["replicas"][0]["url"], read_door("test").url]
+    scrapes = [httpx.get(f"{door}/metrics", timeout=60).text for door in doors]
+    queries = queries_of(chart.render(values))
+    assert {"HipEngineDown", "panel Recoveries A"} <= queries.keys()
+    assert unanswered(queries, scrapes) == []
 
 
 def test_the_ranks_stand_on_two_nodes(endpoint):

@@ -48,7 +48,8 @@ def test_a_small_document_is_enough(document, capsys):
         ({"parallel": {"tpp": 2}}, "parallel.tpp: unknown key; did you mean tp?"),
         (
             {"offload": {"host_gib": 1, "zzz": 1}},
-            "offload.zzz: unknown key; the keys here are host_gib, device_tokens, miss_policy",
+            "offload.zzz: unknown key; the keys here are host_gib, device_tokens, "
+            "miss_policy, disk",
         ),
         ({"parallel": {"tp": "2"}}, "parallel.tp=2: input should be a valid integer"),
         ({"parallel": {"tp": 0}}, "parallel.tp=0: input should be greater than or equal to 1"),
@@ -121,7 +122,7 @@ def test_the_command_line_of_sglang_follows_from_the_document():
         | {
             "parallel": {"tp": 2, "nodes": 2, "device": "cpu"},
             "hip": {"preset": "balanced", "config": {"budget": 4096}},
-            "offload": {"host_gib": 8.0},
+            "offload": {"host_gib": 8.0, "disk": {"path": "/kv", "gib": 100}},
             "server": {"arguments": ["--enable-metrics"]},
         }
     )
@@ -133,7 +134,11 @@ def test_the_command_line_of_sglang_follows_from_the_document():
     assert json.loads(pairs["--hip-config"]) == {
         "budget": 4096,
         "preset": "balanced",
-        "offload": {"host_gib": 8.0, "miss_policy": "fetch"},
+        "offload": {
+            "host_gib": 8.0,
+            "miss_policy": "fetch",
+            "disk": {"path": "/kv", "gib": 100.0},
+        },
     }
     assert line[-1] == "--enable-metrics"
 

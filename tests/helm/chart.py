@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -28,12 +29,20 @@ APIS = (
     "custom.metrics.k8s.io/v1beta1",
 )
 
-_spec = importlib.util.spec_from_file_location("helm_tools", ROOT / "scripts" / "helm_tools.py")
-assert _spec is not None
-assert _spec.loader is not None
-tools = importlib.util.module_from_spec(_spec)
-sys.modules["helm_tools"] = tools
-_spec.loader.exec_module(tools)
+
+def script(name: str) -> ModuleType:
+    """One of scripts/, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # they import each other by their names
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tools = script("helm_tools")
 
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helm import chart
+from tests.helm import api, chart
 
 HERE = Path(__file__).parent
 
@@ -19,3 +19,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def helm_tools():
     chart.tools.fetch()
+
+
+@pytest.fixture(scope="session")
+def kubernetes(tmp_path_factory):
+    """A real API server with the resources of the operators; skipped where none was built."""
+    if not api.server.there():
+        pytest.skip("no kube-apiserver: `make helm-e2e` builds one")
+    with api.running(tmp_path_factory.mktemp("kubernetes")) as cluster:
+        api.define(cluster)
+        yield cluster

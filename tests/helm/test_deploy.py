@@ -1,6 +1,5 @@
 """What lies in deploy/: images, documents, alerts, the dashboard."""
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ import pytest
 from hip_cluster.spec import EndpointSpec
 
 from tests.helm import chart
-from tests.helm.test_run import metrics_in
+from tests.helm.queries import DASHBOARD, selectors
 
 DEPLOY = chart.ROOT / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").iterdir())
@@ -20,7 +19,6 @@ LOCK = (chart.ROOT / "requirements" / "lock.txt").read_text()
 SETUP = (chart.ROOT / "scripts" / "setup.sh").read_text()
 ALERTS = chart.yaml.safe_load((chart.CHART / "files" / "alerts.yaml").read_text())
 RULES = ALERTS["groups"][0]["rules"]
-DASHBOARD = json.loads((DEPLOY / "grafana" / "hip-sglang.json").read_text())
 
 
 def steps(dockerfile):
@@ -121,7 +119,7 @@ def test_the_dashboard_shows_what_was_asked_for():
     assert {"Density", "Prefix hits", "Occupancy", "Queue", "Recoveries"} <= titles
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
-            assert metrics_in(target["expr"]), panel["title"]
+            assert selectors(target["expr"]), panel["title"]
             assert "$namespace" in target["expr"]
 
 

@@ -149,7 +149,9 @@ def test_ports_are_what_the_programs_are_told_to_open(name):
     release = chart.render(chart.CI[name])
     (engine,) = release.one("Deployment", "engine")["spec"]["template"]["spec"]["containers"]
     (router,) = release.one("Deployment", "router")["spec"]["template"]["spec"]["containers"]
-    assert engine["ports"] == [{"name": "http", "containerPort": flag(engine, "--port")}]
+    assert engine["ports"] == [
+        {"name": "http", "containerPort": flag(engine, "--port"), "protocol": "TCP"}
+    ]
     assert {item["name"]: item["containerPort"] for item in router["ports"]} == {
         "http": flag(router, "--port"),
         "probes": flag(router, "--health-check-port"),

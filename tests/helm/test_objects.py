@@ -1,5 +1,6 @@
 """What the rendered objects say: selectors, probes, memory, permissions."""
 
+import json
 import re
 from pathlib import Path
 
@@ -177,6 +178,35 @@ def chart_values(spec):
     return {"engine": engine, "model": model}
 
 
+@pytest.mark.parametrize(
+    ("change", "source"),
+    [
+        ({}, {"emptyDir": {"sizeLimit": "1075200Mi"}}),
+        ({"existingClaim": "mine"}, {"persistentVolumeClaim": {"claimName": "mine"}}),
+    ],
+)
+def test_prefixes_on_disk_have_a_volume_that_holds_them(change, source):
+    more = {"engine": {"offload": {"disk": change}}}
+    release = chart.render(chart.merged(chart.ci_values("offload"), more))
+    spec = release.one("Deployment", "engine")["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    config = HipConfig.load(
+        json.loads(container["args"][container["args"].index("--hip-config") + 1])
+    )
+    (mount,) = (
+        one
+        for one in container["volumeMounts"]
+        if one["mountPath"] == str(config.offload.disk.path)
+    )
+    assert "readOnly" not in mount
+    assert {"name": mount["name"], **source} in spec["volumes"]
+    # an emptyDir is the node's own disk, and the scheduler has to know
+    asked = container["resources"]["requests"].get("ephemeral-storage")
+    assert asked == source.get("emptyDir", {}).get("sizeLimit")
+    if asked:
+        assert mebibytes(asked) >= config.offload.disk.gib * 1024
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_host_memory_is_the_sum_that_hip_cluster_computes(case):
     change = chart_values(case["spec"])
@@ -240,12 +270,12 @@ def test_host_memory_holds_the_tokens_that_offload_counts(
 
 def test_every_rank_of_a_pod_has_a_gpu():
     limits = engine(chart.render(chart.CI["standalone"]))["containers"][0]["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == 8
+    assert limits["nvidia.com/gpu"] == "8"
     for where, pod in chart.render(chart.CI["ray-2x8"]).pods():
         if "worker" in pod["spec"]["containers"][0]["name"]:
             limits = pod["spec"]["containers"][0]["resources"]["limits"]
-            assert limits["nvidia.com/gpu"] == 8, where
-            assert limits["rdma/hca_shared_devices_a"] == 8, where
+            assert limits["nvidia.com/gpu"] == "8", where
+            assert limits["rdma/hca_shared_devices_a"] == "8", where
 
 
 def test_only_what_asks_for_it_may_lock_memory(release):

@@ -126,7 +126,7 @@ def test_pods_are_as_many_as_the_document_s_nodes(release):
     for group in groups(release).values():
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert limits["nvidia.com/gpu"] == spec.parallel.ranks_per_node
+        assert limits["nvidia.com/gpu"] == str(spec.parallel.ranks_per_node)
 
 
 def test_the_document_says_what_the_values_say(release):
@@ -140,6 +140,21 @@ def test_the_document_says_what_the_values_say(release):
     assert spec.limits.drain_s == 1800
     assert spec.offload is not None
     assert spec.offload.host_gib == 512
+
+
+def test_prefixes_on_disk_lie_where_the_document_says():
+    disk = {"gib": 500, "storageClass": "local-nvme"}
+    values = chart.merged(chart.ci_values("ray-2x8"), {"engine": {"offload": {"disk": disk}}})
+    release = chart.render(values)
+    said = document(release).hip_config["offload"]["disk"]
+    for group in groups(release).values():
+        spec = group["template"]["spec"]
+        mounts = {one["mountPath"]: one["name"] for one in spec["containers"][0]["volumeMounts"]}
+        (volume,) = (one for one in spec["volumes"] if one["name"] == mounts[said["path"]])
+        claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+        assert claim["storageClassName"] == "local-nvme"
+        size = claim["resources"]["requests"]["storage"]
+        assert int(size.removesuffix("Mi")) >= said["gib"] * 1024
 
 
 def test_each_replica_has_a_cluster_and_a_document_of_its_own():

@@ -110,6 +110,26 @@ IMPOSSIBLE = {
         {"engine": {"offload": {"hostGiB": 64}}},
         ["engine.offload.hostGiB=64", "524224 tokens", "model.contextLength=1048576"],
     ),
+    "a disk without host memory": (
+        "minimal",
+        {"engine": {"offload": {"disk": {"gib": 100}}}},
+        ["engine.offload.disk", "engine.offload.enabled"],
+    ),
+    "a claim for files that are not asked for": (
+        "offload",
+        {"engine": {"offload": {"disk": {"gib": 0, "existingClaim": "kv"}}}},
+        ["engine.offload.disk.gib"],
+    ),
+    "two kinds of disk": (
+        "offload",
+        {"engine": {"offload": {"disk": {"existingClaim": "a", "storageClass": "b"}}}},
+        ["engine.offload.disk.existingClaim=a", "engine.offload.disk.storageClass=b"],
+    ),
+    "a disk that pods share": (
+        "offload",
+        {"engine": {"replicas": 2, "offload": {"disk": {"existingClaim": "kv"}}}},
+        ["engine.offload.disk.existingClaim=kv", "engine.offload.disk.storageClass"],
+    ),
     "a pod larger than its node": (
         "offload",
         {"engine": {"memory": {"limitGiB": 200}}},

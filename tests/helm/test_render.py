@@ -113,6 +113,23 @@ def test_the_notes_say_how_to_ask():
     assert "Everybody who reaches it" not in notes
 
 
+def test_artifact_hub_can_read_what_it_is_told():
+    """Its annotations are strings, of which some hold YAML."""
+    about = chart.yaml.safe_load((chart.CHART / "Chart.yaml").read_text())["annotations"]
+    told = {name.removeprefix("artifacthub.io/"): text for name, text in about.items()}
+    assert all(isinstance(text, str) for text in told.values())
+    assert told["category"] == "ai-machine-learning"
+    assert {told[name] for name in ("operator", "prerelease", "containsSecurityUpdates")} <= {
+        "true",
+        "false",
+    }
+    for change in chart.yaml.safe_load(told["changes"]):
+        assert change["kind"] in {"added", "changed", "deprecated", "removed", "fixed", "security"}
+    for name in ("links", "recommendations"):
+        for link in chart.yaml.safe_load(told[name]):
+            assert link["url"].startswith("https://")
+
+
 def test_a_wrong_object_is_not_accepted():
     """The check itself: one unknown key in each kind of object is found."""
     seen = {}

@@ -5,22 +5,24 @@ Only mounts and Services are replaced (tests/helm/pod.py); arguments and variabl
 
 import json
 import os
-import re
 import signal
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from hip_cluster import arguments
+from hip_cluster.spec import EndpointSpec
 
 from hip_sglang.config import HipConfig
 from tests.helm import chart
 from tests.helm.pod import ADDRESS, Machine, probe, wait_until_started
+from tests.helm.queries import queries_of, unanswered
 from tests.helm.test_network import COMPONENTS, allowed, labels
 
 KEY = "sesame-of-the-tests"
@@ -82,13 +84,16 @@ def processes(process):
     return [parent, *parent.children(recursive=True)]
 
 
+def url(container, path):
+    return f"http://127.0.0.1:{port_of(container)}{path}"
+
+
 def generate(container, tokens, prompt=300, timeout=600):
     body = {
         "input_ids": [100 + n % 1000 for n in range(prompt)],
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
     }
-    url = f"http://127.0.0.1:{port_of(container)}/generate"
-    return httpx.post(url, json=body, headers=HEADERS, timeout=timeout)
+    return httpx.post(url(container, "/generate"), json=body, headers=HEADERS, timeout=timeout)
 
 
 @pytest.mark.soak
@@ -133,20 +138,17 @@ class TestTheRenderedEngine:
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.startswith("ok")
 
-    def test_every_query_asks_for_what_it_exports(self, running):
+    def test_every_query_is_answered_by_what_it_exports(self, running):
         container, _, _ = running
         # beyond dense_threshold, and twice: sparse blocks, and a prefix that is found
         for _ in range(2):
             assert generate(container, 80, prompt=9000).status_code == 200
-        url = f"http://127.0.0.1:{port_of(container)}/metrics"
-        exported = set(re.findall(r"^([a-z_]+:?[a-z_]+)[ {]", httpx.get(url).text, re.MULTILINE))
-        missing = {
-            (source, name)
-            for source, names in queried_metrics().items()
-            for name in names
-            if name not in exported and not name.startswith(("up", "smg_", "hip_cluster_"))
-        }
-        assert missing == set()
+        scrape = httpx.get(url(container, "/metrics")).text
+        queries = queries_of(chart.render(chart.CI["standalone"]))
+        assert {"HipEngineDown", "trigger 0", "trigger 1"} <= queries.keys()
+        missing = unanswered(queries, [scrape])
+        # the supervisor's, which only ray mode has
+        assert [one for one in missing if ": hip_cluster_" not in one] == []
 
     def test_the_router_carries_long_prompts_and_long_streams(self, running, release, machine):
         """An 8 MB prompt, and a stream of five minutes, through the router as it is rendered."""
@@ -186,6 +188,45 @@ class TestTheRenderedEngine:
             assert answer.json()["meta_info"]["completion_tokens"] == 2000
             assert process.wait(120) == 0
 
+    @pytest.mark.kubernetes
+    @pytest.mark.usefixtures("running")
+    def test_the_router_finds_the_engine_s_pod_by_the_kubernetes_api(self, machine, kubernetes):
+        """As rendered, as its service account: who is ready, who is not, and who is gone."""
+        kubernetes.kubectl("create", "namespace", "ns")
+        secret = ["create", "secret", "generic", "retrieval-api-key"]
+        kubernetes.kubectl("--namespace", "ns", *secret, f"--from-literal=api-key={KEY}")
+        values = chart.merged(chart.ci_values("cpu"), {"podDisruptionBudget": {"enabled": False}})
+        kubernetes.helm("install", "x", str(chart.CHART), namespace="ns", values=values)
+        pods = {
+            name: kubernetes.one("ns", "deployment", f"x-hip-sglang-{name}")["spec"]["template"]
+            for name in ("router", "engine")
+        }
+        router = pods["router"]["spec"]["containers"][0]
+        # in place of the files with which the kubelet lets a pod in
+        account = kubernetes.token("ns", pods["router"]["spec"]["serviceAccountName"])
+        key = {"name": "HIP_SGLANG_ROUTER_KEY", "value": KEY}
+        door = {"name": "KUBECONFIG", "value": str(kubernetes.kubeconfig(account, "ns"))}
+        router["env"] = [*(one for one in router["env"] if "value" in one), key, door]
+        with machine.start(router, machine.root / "discovering.log") as process:
+            wait_until(lambda: probe(router, "livenessProbe"), process)
+            # its Service sends nobody to a router that knows no engine
+            assert not probe(router, "readinessProbe")
+            kubernetes.start_pod("ns", "engine", pods["engine"])
+            # without a model's name: so asks SGLang's frontend language
+            wait_until(lambda: generate(router, 4).status_code == 200, process)
+            assert probe(router, "readinessProbe")
+            kubernetes.set_ready("ns", "engine", ready=False)
+            wait_until(lambda: not probe(router, "readinessProbe"), process)
+            assert generate(router, 4).status_code != 200
+            kubernetes.set_ready("ns", "engine", ready=True)
+            wait_until(lambda: probe(router, "readinessProbe"), process)
+            # ready still, until its kubelet has ended it: new requests go elsewhere at once
+            kubernetes.kubectl("--namespace", "ns", "delete", "pod", "engine", "--wait=false")
+            assert kubernetes.one("ns", "pod", "engine")["metadata"]["deletionTimestamp"]
+            wait_until(lambda: not probe(router, "readinessProbe"), process)
+            lines = [Path(f"/proc/{one.pid}/cmdline").read_bytes() for one in processes(process)]
+            assert not [line for line in lines if KEY.encode() in line]
+
     def test_probes_fail_when_it_is_killed(self, machine, engine, initialised):
         """One of its own, on another port: the others need theirs."""
         container = with_port(engine["containers"][0], 30100)
@@ -198,7 +239,7 @@ class TestTheRenderedEngine:
             for name in ("livenessProbe", "readinessProbe"):
                 assert not probe(container, name)
 
-    def test_a_pod_that_goes_finishes_what_it_began(self, running, engine):
+    def test_a_pod_that_goes_finishes_what_it_began_and_begins_nothing(self, running, engine):
         """SIGTERM, as the kubelet sends it: the request that runs ends well, and readiness goes."""
         container, process, _ = running
         answers = []
@@ -209,8 +250,15 @@ class TestTheRenderedEngine:
         time.sleep(1)
         assert not answers, "the request was to be running still"
         assert not probe(container, "readinessProbe")
-        # routers know by now that it goes; who comes all the same is answered, too
-        assert generate(container, 4).status_code == 200
+        # routers know by now that it goes; who comes all the same is sent elsewhere
+        turned_away = generate(container, 4)
+        assert turned_away.status_code == 503
+        assert turned_away.headers["Retry-After"]
+        assert "shutting down" in turned_away.json()["message"]
+        # 8 MB, which are read before they are refused
+        assert generate(container, 4, prompt=1_600_000).status_code == 503
+        assert httpx.get(url(container, "/metrics")).status_code == 200
+        assert not answers, "the request was to be running still"
         asking.join(engine["terminationGracePeriodSeconds"])
         (answer,) = answers
         assert answer.status_code == 200
@@ -234,7 +282,7 @@ def routed(container, release, machine):
     router = without_discovery(spec["containers"][0], f"http://127.0.0.1:{port_of(container)}")
     router["env"] = [*router["env"], {"name": "HIP_SGLANG_ROUTER_KEY", "value": KEY}]
     with machine.start(router, machine.root / "router.log") as process:
-        wait_for_worker(f"http://127.0.0.1:{port_of(router)}", process)
+        wait_until(lambda: httpx.get(url(router, "/readiness")).status_code == 200, process)
         yield router, process
 
 
@@ -249,16 +297,15 @@ def without_discovery(container, worker):
     return {**container, "args": [*args, "--worker-urls", worker]}
 
 
-def wait_for_worker(url, process):
-    deadline = time.monotonic() + 120
+def wait_until(answered, process, seconds=120):
+    """Until the router answers so; raises ChildProcessError."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readiness", timeout=5).status_code == 200:
+        with suppress(httpx.TransportError):
+            if answered():
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(1)
-    raise ChildProcessError("the router is not ready")
+    raise ChildProcessError("the router does not answer as it should")
 
 
 def streamed_for(url, seconds):
@@ -278,43 +325,26 @@ def streamed_for(url, seconds):
     raise AssertionError(f"the stream ended after {time.monotonic() - began:.0f} s")
 
 
-def queried_metrics():
-    """{where: names of metrics} of alerts, dashboard and autoscaling."""
-    release = chart.render(chart.CI["standalone"])
-    rules = release.all("PrometheusRule")[0]["spec"]["groups"][0]["rules"]
-    triggers = release.all("ScaledObject")[0]["spec"]["triggers"]
-    dashboard = json.loads((chart.ROOT / "deploy/grafana/hip-sglang.json").read_text())
-    queries = {rule["alert"]: rule["expr"] for rule in rules}
-    queries |= {f"trigger {n}": t["metadata"]["query"] for n, t in enumerate(triggers)}
-    queries |= {
-        f"panel {panel['title']} {target['refId']}": target["expr"]
-        for panel in dashboard["panels"]
-        for target in panel.get("targets", [])
-    }
-    return {name: metrics_in(query) for name, query in queries.items()}
+def server_arguments(release):
+    """What SGLang is told: on a command line, or by the document that the supervisor reads."""
+    if found := release.all("RayCluster"):
+        document = release.one("ConfigMap", "0-endpoint")["data"]["endpoint.yaml"]
+        assert found[0]["metadata"]["name"] == EndpointSpec.parse(document).name
+        return arguments.server_arguments(EndpointSpec.parse(document), "0.0.0.0", 30000)
+    spec = release.one("Deployment", "engine")["spec"]["template"]["spec"]
+    return ["--attention-backend", "hip_attention", *spec["containers"][0]["args"]]
 
 
-def metrics_in(query):
-    """The names of series in a PromQL expression."""
-    without = re.sub(r'"[^"]*"', "", query)
-    without = re.sub(r"\b(by|ignoring|on|without)\s*\([^)]*\)", "", without)
-    return set(re.findall(r"\b((?:sglang:|hip_|smg_|up\b)[a-z_]*)", without))
-
-
-GPU_FILES = sorted(set(chart.CI) - {"cpu", "ray-2x8"})
-
-
-@pytest.mark.parametrize("name", GPU_FILES)
+@pytest.mark.parametrize("name", sorted(set(chart.CI) - {"cpu"}))
 def test_sglang_s_own_parser_takes_the_arguments(name):
-    spec = chart.render(chart.CI[name]).one("Deployment", "engine")["spec"]["template"]["spec"]
-    arguments = spec["containers"][0]["args"]
-    config = json.loads(arguments[arguments.index("--hip-config") + 1])
+    words = server_arguments(chart.render(chart.CI[name]))
+    config = json.loads(words[words.index("--hip-config") + 1])
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    parsed = prepare_server_args(["--attention-backend", "hip_attention", *arguments])
+    parsed = prepare_server_args(words)
     values = chart.ci_values(name)
     assert parsed.tp_size == values.get("engine", {}).get("tensorParallel", 1)
     assert parsed.served_model_name == values["model"]["name"]

@@ -15,6 +15,7 @@
 {{- if $offload.enabled -}}
 {{- $keys := dict "host_gib" $offload.hostGiB "miss_policy" $offload.missPolicy -}}
 {{- with $offload.deviceTokens }}{{ $_ := set $keys "device_tokens" . }}{{ end -}}
+{{- with $offload.disk.gib }}{{ $_ := set $keys "disk" (dict "path" "/kv" "gib" .) }}{{ end -}}
 {{- $_ := set $config "offload" $keys -}}
 {{- end -}}
 {{- toJson $config -}}
@@ -86,9 +87,23 @@
   mountPath: /cache
 - name: shm
   mountPath: /dev/shm
+{{- if .Values.engine.offload.disk.gib }}
+- name: kv
+  mountPath: /kv
+{{- end }}
 {{- with .Values.engine.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* files and what a file system takes beside them */}}
+{{- define "hip.diskMiB" -}}
+{{- mulf .Values.engine.offload.disk.gib 1024 1.05 | ceil | int64 -}}
+{{- end -}}
+
+{{/* an emptyDir's bytes are the node's own, and the scheduler counts what is asked for */}}
+{{- define "hip.diskOfNode" -}}
+{{- with .Values.engine.offload.disk }}{{ if and .gib (not .existingClaim) (not .storageClass) }}yes{{ end }}{{ end -}}
 {{- end -}}
 
 {{- define "hip.engineVolumes" -}}
@@ -116,6 +131,27 @@
   emptyDir:
     medium: Memory
     sizeLimit: {{ include "hip.mib" $engine.memory.shmGiB }}Mi
+{{- with $engine.offload.disk }}
+{{- if .gib }}
+- name: kv
+  {{- if .existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ .existingClaim }}
+  {{- else if .storageClass }}
+  ephemeral:
+    volumeClaimTemplate:
+      spec:
+        accessModes: [ReadWriteOnce]
+        storageClassName: {{ .storageClass }}
+        resources:
+          requests:
+            storage: {{ include "hip.diskMiB" $ }}Mi
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ include "hip.diskMiB" $ }}Mi
+  {{- end }}
+{{- end }}
+{{- end }}
 {{- with $engine.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -162,13 +198,16 @@
 requests:
   cpu: {{ $engine.cpu | quote }}
   memory: {{ include "hip.memoryMiB" . }}Mi
+  {{- if include "hip.diskOfNode" . }}
+  ephemeral-storage: {{ include "hip.diskMiB" . }}Mi
+  {{- end }}
 limits:
   memory: {{ include "hip.memoryMiB" . }}Mi
   {{- if eq $engine.device "cuda" }}
-  {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . }}
+  {{ $engine.gpuResource }}: {{ include "hip.ranksPerPod" . | quote }}
   {{- end }}
   {{- if $engine.rdma.enabled }}
-  {{ $engine.rdma.resource }}: {{ $engine.rdma.count }}
+  {{ $engine.rdma.resource }}: {{ $engine.rdma.count | quote }}
   {{- end }}
 {{- end -}}
 

@@ -29,6 +29,9 @@ offload:
   {{- with .deviceTokens }}
   device_tokens: {{ int64 . }}
   {{- end }}
+  {{- with .disk.gib }}
+  disk: {path: /kv, gib: {{ float64 . }}}
+  {{- end }}
 {{- end }}
 {{- end }}
 memory:
@@ -94,10 +97,13 @@ spec:
       ports:
         - name: gcs-server
           containerPort: 6379
+          protocol: TCP
         - name: dashboard
           containerPort: 8265
+          protocol: TCP
         - name: client
           containerPort: 10001
+          protocol: TCP
       env:
         - name: HOME
           value: /tmp
@@ -119,6 +125,7 @@ spec:
       ports:
         - name: metrics
           containerPort: 8300
+          protocol: TCP
       env:
         - name: HOME
           value: /tmp
@@ -197,6 +204,7 @@ spec:
       ports:
         - name: http
           containerPort: 30000
+          protocol: TCP
       # SGLang serves here when the supervisor has placed its ranks; it waits for raylets, never for
       # this. The liveness probe is KubeRay's, of the raylet: a rank that dies is the supervisor's
       readinessProbe:

@@ -47,6 +47,17 @@ engine.offload.hostGiB={{ $offload.hostGiB }} holds {{ max 0 $tokens }} tokens o
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with $offload.disk }}
+{{- if and (or .gib .existingClaim .storageClass) (not (and .gib $offload.enabled)) }}
+engine.offload.disk is for KV in host memory: set engine.offload.enabled and engine.offload.disk.gib, or leave it out
+{{- end }}
+{{- if and .existingClaim .storageClass }}
+engine.offload.disk.existingClaim={{ .existingClaim }} and engine.offload.disk.storageClass={{ .storageClass }} contradict each other; give one
+{{- end }}
+{{- if and .existingClaim (or $ray $v.autoscaling.enabled (gt (int $engine.replicas) 1)) }}
+engine.offload.disk.existingClaim={{ .existingClaim }} is of one pod, and there are several; use engine.offload.disk.storageClass
+{{- end }}
+{{- end }}
 {{- if and $engine.memory.limitGiB (gt (include "hip.memoryMiB" . | float64) (mulf $engine.memory.limitGiB 1024)) }}
 engine.memory.limitGiB={{ $engine.memory.limitGiB }} is too small: {{ include "hip.memorySum" . }}; raise it or lower a part
 {{- end }}
