@@ -27,12 +27,12 @@ def main(arguments: list[str]) -> int:
         seconds = time.monotonic() - started
         # 0 and 1: the tests ran; anything else is a run that says nothing about them
         if code in (0, 1):
-            append(REPORT, row(results, seconds))
+            append(REPORT, row(results, seconds, arguments))
             print(f"soak: a row was added to {REPORT.relative_to(ROOT)}; commit it")
     return code
 
 
-def row(results: Path, seconds: float) -> dict[str, str]:
+def row(results: Path, seconds: float, arguments: list[str]) -> dict[str, str]:
     """What was run, on what, and how it went."""
     suite = next(ElementTree.parse(results).getroot().iter("testsuite"))
     count = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
@@ -47,6 +47,7 @@ def row(results: Path, seconds: float) -> dict[str, str]:
         "failed": str(failed),
         "skipped": str(count["skipped"]),
         "wall_s": f"{seconds:.1f}",
+        "part": " ".join(arguments) or "all",
     }
 
 
