@@ -39,6 +39,7 @@ def numbers() -> str:
             *gpu_section(),
             *serve_section(),
             *offload_section(),
+            *prefix_section(),
             *fidelity_section(),
             *cluster_section(),
             "## The demo",
@@ -227,6 +228,32 @@ def offload_section() -> list[str]:
         "what a rank of Llama-3.1-8B's shape has on the device at 131,072 tokens, its cache for "
         "1/32 of them, of all KV in float32 and in bfloat16: cache, summaries, tables, scratch.",
         table([*head, "stall a step", "kept", "where"], rows),
+    ]
+
+
+def prefix_section() -> list[str]:
+    if not (found := runs("prefix")):
+        return []
+    rows = [
+        [
+            f"{config['context']:,}",
+            *(f"{float(metrics[f'{name}.ttft']['p50']):.3g} s" for name in ("cold", "known")),
+            f"{float(metrics['decode.step']['p50']) * 1000:.0f} ms",
+            ratio(metrics["ratio.known_vs_step"]),
+            f"{float(metrics['ratio.restarted_vs_cold']['p50']):.1%}",
+            ratio(metrics["ratio.reading_vs_without_disk"]),
+            where(row),
+        ]
+        for config, row, metrics in found
+    ]
+    head = ["context", "cold", "known", "a step", "known to a step", "after a restart, of cold"]
+    return [
+        "## Prefixes on disk",
+        "`hip-sglang bench prefix`: the built-in model on the real server, one request alone, KV in "
+        "host memory and on disk; times are until the first token: of a document read cold, of one "
+        "that the tree knows, and of one that a server read that ended since. The last ratio is "
+        "reading without a disk to reading with one behind it.",
+        table([*head, "writing behind", "where"], rows),
     ]
 
 
