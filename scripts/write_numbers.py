@@ -249,10 +249,10 @@ def prefix_section() -> list[str]:
     head = ["context", "cold", "known", "a step", "known to a step", "after a restart, of cold"]
     return [
         "## Prefixes on disk",
-        "`hip-sglang bench prefix`: the built-in model on the real server, one request alone, KV in "
-        "host memory and on disk; times are until the first token: of a document read cold, of one "
-        "that the tree knows, and of one that a server read that ended since. The last ratio is "
-        "reading without a disk to reading with one behind it.",
+        "`hip-sglang bench prefix`: the built-in model on the real server, one request alone, KV "
+        "in host memory and on disk; times are until the first token: of a document read cold, of "
+        "one that the tree knows, and of one that a server read that ended since. The last ratio "
+        "is reading without a disk to reading with one behind it.",
         table([*head, "writing behind", "where"], rows),
     ]
 

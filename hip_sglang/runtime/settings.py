@@ -7,6 +7,7 @@ the model and the attention backend are.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES, WIDEST_OF_BLOCKS
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
-from hip_sglang.config import HipConfig
+from hip_sglang.config import Disk, HipConfig
+from hip_sglang.kv.disk_place import kept_in
 from hip_sglang.kv.memory import GIB
 from hip_sglang.runtime import doors, host_platform
 from hip_sglang.runtime.requirements import BACKEND, UnsupportedError
@@ -144,12 +146,24 @@ def _check_offload(config: HipConfig, cfg: Any) -> None:
 
 def _settle_disk(server_args: Any) -> None:
     """Where prefixes are kept on disk: SGLang's tree is ours, and asks what was written."""
-    cfg, offload = resolving_view(server_args), doors.config_of(server_args).offload
+    offload = doors.config_of(server_args).offload
     if offload is None or offload.disk is None:
         return
+    _check_disk(offload.disk, resolving_view(server_args))
+    declare_resolution(
+        server_args,
+        BACKEND,
+        radix_cache_backend=BACKEND,
+        # the scheduler asks only then what was written
+        enable_unified_cache_external_linker=True,
+    )
+
+
+def _check_disk(disk: Disk, cfg: Any) -> None:
+    """Refuse more than the disk has, and what it cannot be used with."""
     for given, flag in (
         (cfg.disable_radix_cache, "--disable-radix-cache"),
-        (cfg.radix_cache_backend, "--radix-cache-backend"),
+        (cfg.radix_cache_backend not in (None, BACKEND), "--radix-cache-backend"),
         # SGLang's stages do not agree on what such a store holds
         (cfg.pp_size > 1, "--pp-size"),
     ):
@@ -158,13 +172,23 @@ def _settle_disk(server_args: Any) -> None:
                 f"offload.disk keeps what SGLang's radix cache holds, and cannot with {flag}; "
                 "leave one of the two out"
             )
-    declare_resolution(
-        server_args,
-        BACKEND,
-        radix_cache_backend=BACKEND,
-        # the scheduler asks only then what was written
-        enable_unified_cache_external_linker=True,
-    )
+    room = _room_on_disk(disk.path)
+    if room is not None and disk.gib * GIB > room:
+        raise UnsupportedError(
+            f"offload.disk.gib={disk.gib:g} is more than the {room / GIB:.1f} GiB that {disk.path} "
+            "holds already or has free; lower it, or free some"
+        )
+
+
+def _room_on_disk(path: Path) -> int | None:
+    """Bytes that are free where this directory is, or will be made, and what prefixes take there.
+
+    None where the file system does not say.
+    """
+    held = sum(kept.nbytes for kept in kept_in(path))
+    made = next(place for place in (path, *path.absolute().parents) if place.exists())
+    usage = shutil.disk_usage(made)
+    return usage.free + held if usage.total else None
 
 
 def _widest(cfg: Any) -> int:

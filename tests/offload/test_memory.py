@@ -12,7 +12,7 @@ import torch
 from hip_kernels.layout import PAGE_SIZE
 
 from hip_sglang.cli import run
-from hip_sglang.config import HipConfig
+from hip_sglang.config import Disk, HipConfig
 from hip_sglang.config_text import ConfigError
 from hip_sglang.kv.memory import GIB, KVShape, MemoryPlan
 from hip_sglang.kv.pool import OffloadedKVPool
@@ -112,6 +112,29 @@ def test_the_plan_is_what_the_pool_takes(dtype: torch.dtype) -> None:
 def test_the_server_refuses_before_it_starts(hip: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         settings._check_offload(HipConfig.load(hip), SimpleNamespace(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("gib", "asked", "said"),
+    [
+        (
+            1e6,
+            {},
+            r"offload.disk.gib=1e\+06 is more than the [\d.]+ GiB that .* has free; lower it",
+        ),
+        (1, {"disable_radix_cache": True}, "cannot with --disable-radix-cache"),
+        (1, {"radix_cache_backend": "other"}, "cannot with --radix-cache-backend"),
+        (1, {"pp_size": 2}, "cannot with --pp-size"),
+    ],
+)
+def test_a_disk_that_cannot_be_as_asked_is_refused(
+    tmp_path: Path, gib: float, asked: dict[str, Any], said: str
+) -> None:
+    plain = {"disable_radix_cache": False, "radix_cache_backend": None, "pp_size": 1}
+    disk = Disk(path=tmp_path / "not" / "there", gib=gib)
+    with pytest.raises(UnsupportedError, match=said):
+        settings._check_disk(disk, SimpleNamespace(**{**plain, **asked}))
+    settings._check_disk(Disk(path=disk.path, gib=0.001), SimpleNamespace(**plain))
 
 
 def test_plan_answers_without_starting_anything(
