@@ -5,7 +5,8 @@ One document of Python's library is read cold, asked for again while the tree kn
 for again after the server was ended and started anew on the same disk. A second server keeps
 nothing, reads the same, and is asked in turn: what writing behind costs the reading. The document
 ends with a page, so that a known prefix leaves one token to compute. Each round is a namespace of
-its own, in which nothing is known.
+its own, in which nothing is known. Then, in this process, what the tree itself takes when it holds
+ten thousand prefixes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import torch
 from hip_kernels.layout import PAGE_SIZE
 
 from hip_sglang.config import HipConfig
@@ -34,6 +38,7 @@ from .rows import percentiles, save
 from .serve import CHUNK, HIP, SPARE, TUNING, workspace
 
 SHARE = 8  # the device holds one in so many tokens
+PREFIXES = 10_000  # in the tree whose operations are timed
 
 
 def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dict[str, list[float]]:
@@ -101,6 +106,54 @@ def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dic
     return found
 
 
+def tree_seconds(prefixes: int = PREFIXES) -> list[float]:
+    """What finding a prefix and adding a page to it takes in a tree of so many prefixes.
+
+    They share their first page by the hundred, and have two more of their own.
+    """
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+    from hip_sglang.kv.pool import OffloadedKVPool
+    from hip_sglang.kv.radix import HipRadixCache
+
+    size = 4 * prefixes * PAGE_SIZE
+    common = {"dtype": torch.float32, "device": "cpu"}
+    pool = OffloadedKVPool(
+        size, head_num=1, head_dim=8, v_head_dim=8, layer_num=1, start_layer=0, end_layer=0,
+        device_tokens=PAGE_SIZE, miss_policy="fetch", **common,
+    )  # fmt: skip
+    allocator = PagedTokenToKVPoolAllocator(
+        size, PAGE_SIZE, kvcache=pool, need_sort=False, **common
+    )
+    params = CacheInitParams(False, None, allocator, PAGE_SIZE)  # type: ignore[arg-type]
+    params.tree_components = (ComponentType.FULL,)
+    tree = HipRadixCache(params)
+
+    def key(number: int, pages: int) -> RadixKey:
+        ids = [1 + number // 100] * PAGE_SIZE + [200 + number] * ((pages - 1) * PAGE_SIZE)
+        return RadixKey(array("q", ids))
+
+    def insert(of: RadixKey, known: int) -> None:
+        fresh = allocator.alloc(len(of) - known)
+        found = tree.match_prefix(MatchPrefixParams(key=of)).device_indices[:known]
+        value = torch.cat([found, fresh])
+        tree.insert(InsertParams(key=of, value=value, prev_prefix_len=known))
+
+    for number in range(prefixes):
+        insert(key(number, 3), 0 if number % 100 == 0 else PAGE_SIZE)
+    taken = []
+    for number in range(0, prefixes, max(1, prefixes // 200)):
+        longer = key(number, 4)
+        began = time.perf_counter()
+        insert(longer, 3 * PAGE_SIZE)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
 def flush(url: str) -> None:
     # it waits for the request before to end
     httpx.post(f"{url}/flush_cache?timeout=30", timeout=60).raise_for_status()
@@ -128,6 +181,10 @@ def main(argv: list[str]) -> int:
         samples = run(
             model, folder, [*document.ids[:whole], document.ids[0]], args.new, args.rounds
         )
+    # against the step of the same run
+    step = percentiles(samples["decode.step"])[1]
+    samples["tree.step"] = tree_seconds()
+    samples["ratio.tree_vs_step"] = [seconds / step for seconds in samples["tree.step"]]
     shape = {
         "context": args.context, "new": args.new, "rounds": args.rounds, "share": SHARE,
         "model": "built-in",
