@@ -90,10 +90,6 @@ def test_without_a_router_clients_of_a_dead_rank_are_cut_and_of_a_draining_one_s
             time.sleep(1)
             health = httpx.get(f"{endpoint.url}/health", headers=headers, timeout=60)
             assert health.status_code == 503
-            body = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
-            late = httpx.post(f"{endpoint.url}/generate", json=body, headers=headers, timeout=60)
-            assert late.status_code == 503
-            assert late.headers["Retry-After"]
             assert not running.done()
             assert len(running.result()) == 600
         assert endpoint.process.wait(120) == 0
