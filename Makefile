@@ -14,10 +14,8 @@ PREFIX ?=
 # more arguments for pytest, as in: make check ARGS="-k select -x"
 ARGS ?=
 export PYTHON
-# small tensors and Triton's interpreter keep one core busy each, and so does a server that starts
+# small tensors and Triton's interpreter keep one core busy each; servers want the machine
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-# two servers share the cores: a thread that waits gives its core away
-TWO_SERVERS := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile --durations=15
 # what is asked for may all be of the other kind
 MAY_BE_NONE := $(if $(ARGS),|| test $$? -eq 5)
 # nothing here downloads a model, a tokenizer or a data set
@@ -49,7 +47,7 @@ check: lint type ## lint, types and the fast tests: under two minutes
 
 test: lint type ## the gate: everything but the slow lane, under twenty minutes on two cores
 	$(TWO_AT_A_TIME) --durations=15 -m "not server and not soak" $(ARGS) $(MAY_BE_NONE)
-	$(TWO_SERVERS) -m "server and not soak" $(ARGS) $(MAY_BE_NONE)
+	$(BIN)/pytest --durations=15 -m "server and not soak" $(ARGS) $(MAY_BE_NONE)
 
 soak: setup ## the slow lane; writes its row to benchmarks/results/soak.csv
 	$(BIN)/python scripts/soak.py $(ARGS)

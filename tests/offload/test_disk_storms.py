@@ -20,9 +20,9 @@ from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
 from hip_sglang.cli import run
 from tests.offload.test_prefixes_on_disk import LENGTHS, Answers, cached, fresh, pages
 from tests.offload.test_server import HIP, OFFLOAD
-from tests.server.conftest import Serve, Server
 from tests.server.test_batches import TOLERANCE, ask, come_and_go, prompt
 from tests.server.test_hostile import flush
+from tests.servers import Serve, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests.server import test_batches as batches
-from tests.server.conftest import Serve, Server
 from tests.server.test_batches import ask, assert_same, come_and_go, prompt
 from tests.server.test_hostile import flush
+from tests.servers import Serve, Server
 
 pytestmark = pytest.mark.server
 

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Serve, Server
 from tests.server.test_hostile import flush
+from tests.servers import Serve, Server
 
 pytestmark = pytest.mark.server
 

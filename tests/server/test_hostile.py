@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Serve, Server
 from tests.server.test_serving import prompt
+from tests.servers import Serve, Server
 from tests.tiny_llama import VOCABULARY
 
 pytestmark = pytest.mark.server

@@ -35,7 +35,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Serve, Server
+from tests.servers import Serve, Server
 from tests.tiny_llama import VOCABULARY, write_tiny_llama
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.server.conftest import Serve
 from tests.server.test_batches import HIP, ask, prompt
+from tests.servers import Serve
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Serve, Server
+from tests.servers import Serve, Server
 
 pytestmark = pytest.mark.server
 

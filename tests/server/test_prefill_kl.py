@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.server.conftest import Serve, Server
+from tests.servers import Serve, Server
 from tests.tiny_llama import VOCABULARY, write_tiny_llama
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]

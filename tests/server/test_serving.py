@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.conftest import Serve, Server
+from tests.servers import Serve, Server
 
 pytestmark = pytest.mark.server
 

@@ -16,10 +16,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.conftest import Serve, Server
 from tests.server.test_batches import HIP
 from tests.server.test_hostile import become_idle, flush
 from tests.server.traffic import LONGEST, Traffic
+from tests.servers import Serve, Server
 
 MINUTES = float(os.environ.get("HIP_SGLANG_SOAK_MINUTES", "30"))
 pytestmark = [

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import httpx
 
-from tests.server.conftest import Server
 from tests.server.test_hostile import BAD_REQUESTS, flush, hang_up, post
+from tests.servers import Server
 from tests.tiny_llama import VOCABULARY
 
 LONGEST = 6000

@@ -97,7 +97,9 @@ def _boot(model: str, *args: str, log: Path) -> Server:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # an idle scheduler would keep a core busy
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+    command += ["--sleep-on-idle"]
     if "--attention-backend" not in args:
         command += ["--attention-backend", "hip_attention"]
     with log.open("wb") as output:
