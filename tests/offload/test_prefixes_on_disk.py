@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hip_sglang.cli import run
 from tests.offload.test_server import HIP, OFFLOAD
 from tests.server.test_batches import TOLERANCE, ask, prompt
 from tests.server.test_hostile import flush
@@ -111,6 +112,23 @@ def fetched(server: Server) -> float:
     return 0.0
 
 
+def test_a_document_is_warmed_and_known_then(
+    start: Callable[[], Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, file = start(), tmp_path / "document.txt"
+    file.write_text("".join(f"word {number} " for number in range(500)))
+    known = []
+    for _ in range(2):
+        flush(server)
+        assert run(["cache", "warm", str(file), "--url", server.url]) == 0
+        said = capsys.readouterr().out
+        known.append(int(said.split()[-2].replace(",", "")))
+    assert known[0] == 0
+    # the last token is always computed
+    assert known[1] > 640
+    assert known[1] % 64 == 0
+
+
 def test_one_tenant_s_prefix_is_not_another_s(start: Callable[[], Server], cold: Answers) -> None:
     server = start()
     flush(server)
@@ -147,7 +165,9 @@ def test_files_that_were_harmed_are_computed_again(
     assert pages(server)["broken"] == counted["broken"]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 6))]
+)
 def test_a_server_that_was_killed_answers_right_when_it_is_back(
     start: Callable[[], Server], cold: Answers, seed: int
 ) -> None:
