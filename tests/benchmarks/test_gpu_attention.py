@@ -38,6 +38,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.soak
 def test_a_dry_run_checks_every_kernel_and_writes_every_kind_of_row(tmp_path: Path) -> None:
     done = python(SCRIPT, *DRY, "--out", str(tmp_path), HIP_SGLANG_SHA="abc1234")
     assert done.returncode == 0, done.stderr

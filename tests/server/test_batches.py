@@ -107,6 +107,7 @@ def test_a_radix_hit_changes_nothing(serve: Serve, alone: dict[int, list[float]]
     assert_same({length: ask(server, prompt(length)) for length in reversed(LENGTHS)}, alone)
 
 
+@pytest.mark.soak
 def test_a_prompt_that_is_read_densely_is_so_to_its_last_token(serve: Serve) -> None:
     server = serve("--hip-preset", "quality", "--enable-mixed-chunk", *SPARSE)
     flush(server)
