@@ -85,6 +85,8 @@ def bring(
         ENTRIES=ENTRIES,
         KEYS=KEYS_A_TILE,
         num_warps=4,
+        # left alone, the assembler spills to have more programs at once
+        maxnreg=255,
     )
     width = kv.host.rows.shape[2]
     _swap_in[(missing.shape[1], heads)](

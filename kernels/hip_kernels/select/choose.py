@@ -119,6 +119,8 @@ def look(
         TILE=ENTRIES_A_TILE,
         KEYS=KEYS_A_TILE,
         num_warps=4,
+        # left alone, the assembler spills to have more programs at once
+        maxnreg=255,
     )
 
 
