@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.model import write_model
+from hip_sglang.demo.offload import sized_offload, token_bytes_of
 from hip_sglang.demo.server import serve, unwind_on_signals
-from hip_sglang.kv.memory import GIB, KVShape, MemoryPlan
+from hip_sglang.kv.memory import KVShape, MemoryPlan
 
 from .arguments import Parser, at_least
 from .rows import percentiles, save
@@ -43,13 +44,7 @@ def run(
 ) -> tuple[Samples, dict[str, list[float]]]:
     """Speeds by name, and what the offloaded server's counters say of its decode steps."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
-    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    tokens = prompts.context + SPARE
-    token_bytes = KVShape.of(described, itemsize=4).token_bytes
-    offload = {
-        "host_gib": (tokens + PAGE_SIZE) * token_bytes / GIB,
-        "device_tokens": prompts.context // share,
-    }
+    offload = sized_offload(token_bytes_of(model), prompts.context, SPARE, share)
     ways = {"resident": config, "offloaded": {**config, "offload": offload}}
     with ExitStack() as stack:
         contestants = {}
@@ -57,7 +52,7 @@ def run(
             arguments = (
                 *("--model-path", str(model)),
                 *("--context-length", str(prompts.context)),
-                *("--max-total-tokens", str(tokens)),
+                *("--max-total-tokens", str(prompts.context + SPARE)),
                 *("--sleep-on-idle", "--enable-metrics"),
                 *(*HIP, "--hip-config", json.dumps(hip)),
             )

@@ -24,12 +24,11 @@ import httpx
 import torch
 from hip_kernels.layout import PAGE_SIZE
 
-from hip_sglang.config import HipConfig
 from hip_sglang.demo.model import write_model
+from hip_sglang.demo.offload import sized_offload, token_bytes_of
 from hip_sglang.demo.program import ask_alone
 from hip_sglang.demo.server import serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
-from hip_sglang.kv.memory import GIB, KVShape
 
 from .arguments import Parser, at_least
 from .offload import counters
@@ -43,12 +42,7 @@ PREFIXES = 10_000  # in the tree whose operations are timed
 
 def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dict[str, list[float]]:
     """Samples by metric, one a round."""
-    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    tokens = len(ids) + SPARE
-    offload = {
-        "host_gib": (tokens + PAGE_SIZE) * KVShape.of(described, itemsize=4).token_bytes / GIB,
-        "device_tokens": max(HipConfig().step_pages * PAGE_SIZE, len(ids) // SHARE),
-    }
+    offload = sized_offload(token_bytes_of(model), len(ids), SPARE, SHARE)
     disk = {"path": str(folder / "disk"), "gib": 64}
     ways = {"without": offload, "kept": {**offload, "disk": disk}}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
@@ -57,7 +51,7 @@ def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dic
     def started(name: str) -> Iterator[str]:
         arguments = (
             *("--model-path", str(model)),
-            *("--context-length", str(tokens)),
+            *("--context-length", str(len(ids) + SPARE)),
             *("--sleep-on-idle", "--enable-metrics"),
             *(*HIP, "--hip-config", json.dumps({"offload": ways[name]})),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,14 +16,13 @@ from rich.table import Column, Table
 
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.kv.disk_place import Kept, kept_in
+from hip_sglang.secret import key_of_file
 
 if TYPE_CHECKING:
     from hip_sglang.kv.page_record import Header
 
 cache_app = typer.Typer(help="Prefixes that are kept on disk (offload.disk).")
 Directory = Annotated[Path, typer.Argument(help="The path of offload.disk.", show_default=False)]
-# as read by the server; a command line would show it to everybody
-API_KEY_FILE = "HIP_SGLANG_API_KEY_FILE"
 PAGE_TOKENS = 64
 
 
@@ -135,11 +133,9 @@ def warm(
     """Let a running server read documents before anybody asks about them."""
     import httpx
 
-    key_file = os.environ.get(API_KEY_FILE)
     with one_line_errors():
-        headers = (
-            {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
-        )
+        key = key_of_file()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         texts = {file: file.read_text(encoding="utf-8") for file in files}
         with httpx.Client(base_url=url, headers=headers, timeout=None) as client:
             for file, text in track(texts.items(), "warming", console=Console(stderr=True)):

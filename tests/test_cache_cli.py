@@ -9,6 +9,7 @@ import pytest
 
 from hip_sglang.cache_cli import Page, prefixes_of
 from hip_sglang.cli import run
+from hip_sglang.kv.disk_place import kept_in
 from hip_sglang.kv.page_record import Header
 from tests.kv.test_disk_tier import Kept
 
@@ -33,6 +34,14 @@ def test_prefixes_and_totals_are_listed(
     totals = capsys.readouterr().out
     assert stopped.files.place.path.parent.name in totals
     assert "none" in totals
+
+
+def test_a_file_that_goes_meanwhile_is_not_counted(stopped: Kept, tmp_path: Path) -> None:
+    (kept,) = kept_in(tmp_path)
+    before = kept.nbytes
+    assert before > 0
+    (kept.places[0] / "gone.bin").symlink_to("nowhere")
+    assert kept.nbytes == before
 
 
 def test_verify_names_the_file_that_was_harmed(
@@ -64,15 +73,15 @@ def test_drop_frees_all_but_what_a_server_uses(
 
 
 def test_a_prefix_ends_where_nothing_goes_on_and_shared_pages_are_nobody_s() -> None:
-    def page(name: str, parent: str | None, number: int) -> Page:
+    def page(name: str, parent: str | None) -> Page:
         key, before = (hashlib.sha256((of or "").encode()).hexdigest() for of in (name, parent))
-        return Page(Header(key, before if parent else None, number), 10, 0.0)
+        return Page(Header(key, before if parent else None), 10, 0.0)
 
     def tokens(*pages: Page) -> list[tuple[int, int]]:
         return sorted((one.tokens, one.own_bytes) for one in prefixes_of(pages))
 
-    root, left, right = page("a", None, 0), page("b", "a", 1), page("c", "a", 1)
-    longer = page("d", "c", 2)
+    root, left, right = page("a", None), page("b", "a"), page("c", "a")
+    longer = page("d", "c")
     assert tokens(root) == [(64, 10)]
     assert tokens(root, left) == [(128, 20)]
     assert tokens(root, left, right, longer) == [(128, 10), (192, 20)]

@@ -9,20 +9,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from hip_kernels.layout import PAGE_SIZE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import Document, library_text, read_text
 from hip_sglang.demo.model import write_model
+from hip_sglang.demo.offload import sized_offload, token_bytes_of
 from hip_sglang.demo.program import Timed, ask_alone
 from hip_sglang.demo.quotes import Quote, pick_quotes, whole_characters
 from hip_sglang.demo.run import ROOM, SPARE_TOKENS, TRAINING_CHARACTERS
 from hip_sglang.demo.server import serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
-from hip_sglang.kv.memory import GIB, KVShape
+from hip_sglang.kv.memory import GIB
 
 QUESTIONS = 20
 REPORT = "demo-prefix.json"
@@ -97,14 +96,10 @@ def run_restart_demo(doc: Path | None, out_dir: Path, context: int = 65536) -> i
 
 
 def _arguments(model: Path, disk: Path, context: int) -> list[str]:
-    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    token_bytes = KVShape.of(described, itemsize=4).token_bytes
-    pages = max(HipConfig().step_pages, context // 8 // PAGE_SIZE)
-    offload = {
-        "host_gib": (context + SPARE_TOKENS) * token_bytes / GIB,
-        "device_tokens": pages * PAGE_SIZE,
-        "disk": {"path": str(disk.resolve()), "gib": 4 * context * token_bytes / GIB},
-    }
+    token_bytes = token_bytes_of(model)
+    offload = sized_offload(token_bytes, context, SPARE_TOKENS, share=8)
+    # for pages and their summaries, and what wrong answers are asked again
+    offload["disk"] = {"path": str(disk.resolve()), "gib": 4 * context * token_bytes / GIB}
     return [
         *("--model-path", str(model)),
         *("--context-length", str(context)),

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hip_kernels.layout import PAGE_SIZE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,9 +20,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import Document, library_text, read_text
 from hip_sglang.demo.model import write_model
+from hip_sglang.demo.offload import sized_offload, token_bytes_of
 from hip_sglang.demo.picture import draw_selections
 from hip_sglang.demo.program import Answer, ask, measure_speed
 from hip_sglang.demo.quotes import Quote, pick_quotes
@@ -31,7 +30,6 @@ from hip_sglang.demo.report import DemoReport, Residency, RunResult
 from hip_sglang.demo.selections import mean_share_read, read_trace, share_held
 from hip_sglang.demo.server import Server, serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
-from hip_sglang.kv.memory import GIB, KVShape
 
 QUOTES = 10
 REPORT = "demo-report.json"
@@ -99,10 +97,8 @@ def scaled_ways(
     config: dict[str, Any] = {"trace": str(trace.resolve())}
     name, device_tokens = "HiP (balanced)", None
     if token_bytes is not None:
-        # one query may read so much exactly
-        device_tokens = max(HipConfig().step_pages, -(-eighth // PAGE_SIZE)) * PAGE_SIZE
-        gib = (context + SPARE_TOKENS + PAGE_SIZE) * token_bytes / GIB
-        config["offload"] = {"host_gib": gib, "device_tokens": device_tokens}
+        config["offload"] = sized_offload(token_bytes, context, SPARE_TOKENS, share=8)
+        device_tokens = config["offload"]["device_tokens"]
         name = "HiP (offloaded)"
     arguments = *hip, "balanced", "--hip-config", json.dumps(config)
     return (
@@ -125,10 +121,7 @@ class _Demo:
             # a user's document may be in any script: its own words make the better tokens
             write_model(self._model, text=self._text[:TRAINING_CHARACTERS] if doc else None)
         self._tokenizer = load_tokenizer(self._model)
-        self._token_bytes = None
-        if offload:
-            described = json.loads((self._model / "config.json").read_text(encoding="utf-8"))
-            self._token_bytes = KVShape.of(described, itemsize=4).token_bytes
+        self._token_bytes = token_bytes_of(self._model) if offload else None
 
     def run(self, context: int) -> DemoReport:
         trace_file = self._out / "trace.jsonl"

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -70,7 +71,11 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
+        total = 0
+        for file in self.files:
+            with suppress(FileNotFoundError):  # its server made room
+                total += file.stat().st_size
+        return total
 
     @property
     def in_use(self) -> bool:

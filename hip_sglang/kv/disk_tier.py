@@ -89,7 +89,7 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         if done:
             self.records.settle(slots[::PAGE_SIZE] // PAGE_SIZE)
             assert self.files is not None
-            self.files.touch([*self.before, *keys])
+            self._readers.submit(self.files.touch, [*self.before, *keys])
             self._count("read", len(keys), time.monotonic() - start)
         return done
 
@@ -102,7 +102,7 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         with self._idle:
             self._waiting += len(keys)
         parents = [before[-1] if before else None, *keys]
-        headers = [Header(key, parents[at], len(before) + at) for at, key in enumerate(keys)]
+        headers = [Header(key, parent) for key, parent in zip(keys, parents, strict=False)]
         self._tasks.put((pages_of_slots(slots), headers, [*before, *keys]))
         return True
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hip_sglang.attention.backend import HipAttentionBackend
 
 MAGIC = b"hip-kv 1"
-_FIELDS = Struct("<8s16s32s32sI")
+_FIELDS = Struct("<8s16s32s32s")
 HEADER_BYTES = 128  # more than the fields take: numbers behind it are aligned
 
 
@@ -30,12 +30,11 @@ class Header:
 
     key: str  # SGLang's hash of all tokens up to its end, in hexadecimal
     parent: str | None  # the key of the page before it
-    number: int  # of pages before it
 
     def write(self, record: Tensor) -> None:
         """Into a record [bytes] whose other bytes are complete: the checksum covers them."""
         parent = bytes.fromhex(self.parent) if self.parent else bytes(32)
-        fields = _FIELDS.pack(MAGIC, bytes(16), bytes.fromhex(self.key), parent, self.number)
+        fields = _FIELDS.pack(MAGIC, bytes(16), bytes.fromhex(self.key), parent)
         data = record.numpy()
         data[:HEADER_BYTES] = bytearray(fields.ljust(HEADER_BYTES, b"\0"))
         data[8:24] = bytearray(_checksum(data.data))
@@ -45,10 +44,10 @@ class Header:
         """From the first bytes of a record. Raises ``BrokenRecordError``."""
         if len(data) < _FIELDS.size:
             raise BrokenRecordError("it is too short")
-        magic, _, key, parent, number = _FIELDS.unpack_from(data)
+        magic, _, key, parent = _FIELDS.unpack_from(data)
         if magic != MAGIC:
             raise BrokenRecordError("it was not written by this version")
-        return cls(key.hex(), parent.hex() if any(parent) else None, number)
+        return cls(key.hex(), parent.hex() if any(parent) else None)
 
 
 def verify(data: memoryview) -> Header:

@@ -185,9 +185,12 @@ def _room_on_disk(path: Path) -> int | None:
 
     None where the file system does not say.
     """
-    held = sum(kept.nbytes for kept in kept_in(path))
-    made = next(place for place in (path, *path.absolute().parents) if place.exists())
-    usage = shutil.disk_usage(made)
+    try:
+        held = sum(kept.nbytes for kept in kept_in(path))
+        made = next(place for place in (path, *path.absolute().parents) if place.exists())
+        usage = shutil.disk_usage(made)
+    except PermissionError:  # each rank says so when it opens it
+        return None
     return usage.free + held if usage.total else None
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 from aiohttp import web
 
@@ -77,6 +78,22 @@ def command(server, questions, output, *more):
 
 def run(*arguments):
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+
+
+def kill_at_points(chance, server, *arguments, longest):
+    """Ten drivers of one batch: each was answered once, and lives on for up to so many seconds."""
+    for _ in range(10):
+        process = subprocess.Popen(
+            command(server, *arguments, "--concurrency", "4"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len(server.asked)
+        while len(server.asked) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, longest))
+        process.kill()
+        process.wait()
 
 
 def ids(path):

@@ -13,7 +13,15 @@ from collections import Counter
 import pytest
 from hip_cluster.answers import open_answers
 
-from tests.cluster.batches import QUESTIONS, Server, command, ids, run, write_questions
+from tests.cluster.batches import (
+    QUESTIONS,
+    Server,
+    command,
+    ids,
+    kill_at_points,
+    run,
+    write_questions,
+)
 
 
 @pytest.fixture
@@ -43,19 +51,7 @@ def test_questions_of_one_document_run_together_once_it_was_read(server, tmp_pat
 def test_a_driver_killed_at_ten_points_answers_each_question_once(server, tmp_path):
     questions, output = write_questions(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     server.pause = 0.05
-    chance = random.Random(1)
-    for _ in range(10):
-        process = subprocess.Popen(
-            command(server, questions, output, "--concurrency", "4"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = len(server.asked)
-        while len(server.asked) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4))
-        process.kill()
-        process.wait()
+    kill_at_points(random.Random(1), server, questions, output, longest=0.4)
     done = run(server, questions, output)
     assert done.returncode == 0, done.stderr
     assert Counter(ids(output)) == Counter(f"q{n}" for n in range(QUESTIONS))

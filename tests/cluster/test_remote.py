@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hip_cluster.ports import require_free
 
-from tests.cluster.batches import QUESTIONS, Server, command, run, write_questions
+from tests.cluster.batches import QUESTIONS, Server, kill_at_points, run, write_questions
 from tests.cluster.conftest import document
 
 BUCKET = "s3://bucket"
@@ -73,19 +73,7 @@ def test_questions_and_answers_are_in_an_object_store(server, s3, tmp_path):
 def test_a_driver_killed_at_ten_points_has_each_answer_once_in_the_store(server, s3, tmp_path):
     questions, folder = put_questions(s3, tmp_path, "killed")
     server.pause = 0.05
-    chance = random.Random(2)
-    for _ in range(10):
-        process = subprocess.Popen(
-            command(server, questions, folder, "--concurrency", "4"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = len(server.asked)
-        while len(server.asked) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 1.5))
-        process.kill()
-        process.wait()
+    kill_at_points(random.Random(2), server, questions, folder, longest=1.5)
     done = run(server, questions, folder)
     assert done.returncode == 0, done.stderr
     assert answers_in(s3, folder) == Counter(f"q{n}" for n in range(QUESTIONS))

@@ -137,6 +137,17 @@ def test_a_disk_that_cannot_be_as_asked_is_refused(
     settings._check_disk(Disk(path=disk.path, gib=0.001), SimpleNamespace(**plain))
 
 
+def test_a_disk_that_shows_nothing_is_left_to_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # root may do everything
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert settings._room_on_disk(tmp_path / "closed") is None
+
+
 def test_plan_answers_without_starting_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,7 @@ import pickle
 
 import pytest
 
-from hip_sglang.runtime.api_key import FILE_VARIABLE
-from hip_sglang.secret import Secret
+from hip_sglang.secret import FILE_VARIABLE, Secret
 
 
 @pytest.fixture
