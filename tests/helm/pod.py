@@ -18,7 +18,7 @@ import httpx
 # where a container finds its image's programs
 IMAGE_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 # all that may differ between a container and this machine
-MOUNTS = ("/models", "/cache", "/etc/hip-sglang/auth", "/etc/hip-sglang/test")
+MOUNTS = ("/models", "/cache", "/kv", "/etc/hip-sglang/auth", "/etc/hip-sglang/test")
 ADDRESS = "http://x-hip-sglang:80"
 
 
@@ -32,8 +32,11 @@ class Machine:
     def here(self, text: str) -> str:
         """The text with mounts and Services replaced; nothing else is."""
         for mount in MOUNTS:
+            place = str(self.root / mount.strip("/"))
             if text == mount or text.startswith(f"{mount}/"):
-                text = str(self.root / mount.strip("/")) + text.removeprefix(mount)
+                text = place + text.removeprefix(mount)
+            # in JSON
+            text = text.replace(f'"{mount}"', f'"{place}"')
         return self.services.get(text, text)
 
     def command(self, container: Mapping[str, Any]) -> list[str]:

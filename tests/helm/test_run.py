@@ -49,8 +49,12 @@ def port_of(container):
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory, engine):
+    return machine_of(engine, tmp_path_factory.mktemp("pod"))
+
+
+def machine_of(engine, root):
+    """One with a folder for each mount of the engine, and the key."""
     container = engine["containers"][0]
-    root = tmp_path_factory.mktemp("pod")
     for mount in container["volumeMounts"]:
         (root / mount["mountPath"].strip("/")).mkdir(parents=True, exist_ok=True)
     (root / "etc/hip-sglang/auth/key").write_text(f"{KEY}\n")
