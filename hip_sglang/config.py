@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, SUB_PAGES, Remainder, SparsePlan, Strategy
 from hip_kernels.offloaded import MissPolicy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hip_sglang.config_text import ConfigError, explain, read
@@ -19,6 +27,11 @@ Preset = Literal["balanced", "quality", "dense", "paper"]
 Phase = Literal["sparse", "dense"]
 Tokens = Annotated[int, Field(strict=True)]
 Layer = Annotated[int, Field(strict=True, ge=0)]
+Budget = Annotated[
+    Tokens, Field(ge=PAGE_SIZE), AfterValidator(lambda tokens: -(-tokens // PAGE_SIZE) * PAGE_SIZE)
+]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Refresh = Annotated[Tokens, Field(ge=1)]
 
 # what a preset decides where nothing else is said
 PRESETS: dict[str, dict[str, str]] = {
@@ -106,6 +119,17 @@ class LayerPlan:
         return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
 
 
+class LayerGroup(BaseModel):
+    """What some layers do otherwise than all others; what is left out is as theirs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[Layer, ...] = Field(min_length=1, description="layers by number, each only once")
+    budget: Budget | None = Field(default=None, description="as for all layers")
+    top_p: Share | None = Field(default=None, description="as for all layers")
+    refresh: Refresh | None = Field(default=None, description="as for all layers")
+
+
 class HipConfig(BaseModel):
     """How HiP attention prunes. Token counts are rounded up to whole pages of 64."""
 
@@ -131,17 +155,13 @@ class HipConfig(BaseModel):
         ge=1,
         description="last tokens before the query, always attended exactly",
     )
-    budget: Tokens = Field(
+    budget: Budget = Field(
         default=2048,
-        ge=PAGE_SIZE,
         description="tokens chosen per query and attended exactly, sink and window not counted; "
         f"at least one page of {PAGE_SIZE}",
     )
-    top_p: float = Field(
+    top_p: Share = Field(
         default=1.0,
-        strict=True,
-        ge=0,
-        le=1,
         description="choose no more than hold this share of the estimated softmax mass, together "
         "with sink and window, for every row and head; budget stays the cap",
     )
@@ -150,6 +170,9 @@ class HipConfig(BaseModel):
     )
     dense_layers: tuple[Layer, ...] = Field(
         default=(), description="layers that never prune, by number; the first is 0"
+    )
+    per_layer: tuple[LayerGroup, ...] = Field(
+        default=(), description="layers with a budget, top_p or refresh of their own"
     )
     strategy: Strategy = Field(
         default="summary",
@@ -180,9 +203,8 @@ class HipConfig(BaseModel):
         description="tokens of the nodes whose pages are weighed beyond node_threshold; "
         f"at least one node of {NODE_TOKENS}, and with refresh one for each page of the budget",
     )
-    refresh: Tokens = Field(
+    refresh: Refresh = Field(
         default=1,
-        ge=1,
         description="decode steps choose pages anew every so many tokens, and attend to what was "
         "chosen in between; 1 chooses at every step",
     )
@@ -235,7 +257,21 @@ class HipConfig(BaseModel):
             )
         return self
 
-    @field_validator("sink", "window", "budget")
+    @model_validator(mode="after")
+    def _each_layer_once(self) -> HipConfig:
+        seen = set(self.dense_layers)
+        for layer in (layer for group in self.per_layer for layer in group.layers):
+            if layer in seen:
+                raise PydanticCustomError(
+                    "cannot_be",
+                    "per_layer names layer {layer}, which is named before, there or in "
+                    "dense_layers; name it once",
+                    {"layer": layer},
+                )
+            seen.add(layer)
+        return self
+
+    @field_validator("sink", "window")
     @classmethod
     def _whole_pages(cls, tokens: int) -> int:
         return -(-tokens // PAGE_SIZE) * PAGE_SIZE
@@ -277,7 +313,8 @@ class HipConfig(BaseModel):
     def start(self) -> int:
         """The position from which on queries are sparse, where they are."""
         # where the exact pages hold all of the context, pruning would keep everything
-        return max(self.dense_threshold, self._pages.exact_pages * PAGE_SIZE)
+        exact = self._sized(self.largest_budget).exact_pages
+        return max(self.dense_threshold, exact * PAGE_SIZE)
 
     @property
     def step_pages(self) -> int:
@@ -292,7 +329,7 @@ class HipConfig(BaseModel):
     @property
     def has_kernels(self) -> bool:
         """Whether a GPU's kernels prune so; elsewise torch does."""
-        return self._pages.has_kernels
+        return self._sized(self.budget).has_kernels
 
     @property
     def nodes_from(self) -> int | None:
@@ -302,33 +339,51 @@ class HipConfig(BaseModel):
         # where the beam holds every node, there is nothing to search through
         return max(self.node_threshold, self._beam_nodes * NODE_TOKENS)
 
+    @property
+    def largest_budget(self) -> int:
+        """Of any layer, in tokens."""
+        return max(self.budget, *(group.budget or 0 for group in self.per_layer), 0)
+
+    @property
+    def refreshes(self) -> set[int]:
+        """Every ``refresh`` that a layer may have."""
+        return {self.refresh, *(group.refresh or self.refresh for group in self.per_layer)}
+
+    @property
+    def named_layers(self) -> list[tuple[str, int]]:
+        """("dense_layers", 3): the layers that are spoken of, and where."""
+        groups = [("per_layer", layer) for group in self.per_layer for layer in group.layers]
+        return [*(("dense_layers", layer) for layer in self.dense_layers), *groups]
+
     def layer_plan(self, layer_id: int) -> LayerPlan:
         """The settings of one layer, in pages."""
         dense = layer_id in self.dense_layers
+        own = next((group for group in self.per_layer if layer_id in group.layers), None)
+        given = {} if own is None else own.model_dump(exclude_none=True)
         return LayerPlan(
-            pages=self._pages,
+            pages=self._sized(given.get("budget", self.budget), given.get("top_p")),
             means=SUB_PAGES if self.sub_page_means else 1,
             sparse_from=None if dense or self.prefill == "dense" else self.start,
             sparse_decode_from=None if dense or self.decode == "dense" else self.start,
             nodes_from=self.nodes_from,
-            refresh=self.refresh,
+            refresh=given.get("refresh", self.refresh),
         )
 
     @property
     def _beam_nodes(self) -> int:
         nodes = self.beam // NODE_TOKENS
         # every page of a choice that is used again may be of another node
-        return nodes if self.refresh == 1 else max(nodes, self.budget // PAGE_SIZE)
+        return nodes if self.refreshes == {1} else max(nodes, self.largest_budget // PAGE_SIZE)
 
-    @property
-    def _pages(self) -> SparsePlan:
+    def _sized(self, budget: int, top_p: float | None = None) -> SparsePlan:
+        """The plan of layers with this budget, in tokens."""
         return SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
-            budget_pages=self.budget // PAGE_SIZE,
+            budget_pages=budget // PAGE_SIZE,
             remainder=self.remainder,
             second_look=self.second_look,
             strategy=self.strategy,
             beam=self._beam_nodes,
-            top_p=self.top_p,
+            top_p=self.top_p if top_p is None else top_p,
         )

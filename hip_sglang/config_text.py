@@ -63,7 +63,10 @@ def explain(detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         *path, last = detail["loc"]
         fields = _fields(model, path)
-        near = [".".join([*path, name]) for name in difflib.get_close_matches(last, fields, n=3)]
+        near = [
+            ".".join([*map(str, path), name])
+            for name in difflib.get_close_matches(last, fields, n=3)
+        ]
         known = ", ".join(fields)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {known}"
         return f"unknown key {key!r}; {hint}"
@@ -93,12 +96,15 @@ def explain(detail: Any, model: type[BaseModel]) -> str:
     return f"{given}: {detail['msg']}; see {key} in the configuration's schema"
 
 
-def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+def _fields(model: type[BaseModel], path: list[str | int]) -> list[str]:
     """The names of the settings below ``path``."""
     schema = model.model_json_schema()
     at = schema
     for name in path:
+        if isinstance(name, int):  # one of a list
+            continue
         options = at["properties"][name]
+        options = options.get("items", options)
         reference = next(o["$ref"] for o in options.get("anyOf", [options]) if "$ref" in o)
         at = schema["$defs"][reference.rsplit("/", 1)[1]]
     return list(at["properties"])

@@ -76,9 +76,10 @@ def in_short(tokens: int) -> str:
 
 def plans_of(config: HipConfig, layers: int) -> list[LayerPlan]:
     """The plan of each layer of a model. Raises ValueError where a layer is named that is none."""
-    if absent := [layer for layer in config.dense_layers if layer >= layers]:
+    if absent := [named for named in config.named_layers if named[1] >= layers]:
+        key, layer = absent[0]
         raise ValueError(
-            f"dense_layers names layer {absent[0]}, but with --layers {layers} they are 0 to "
+            f"{key} names layer {layer}, but with --layers {layers} they are 0 to "
             f"{layers - 1}; take it out, or give the model's number with --layers"
         )
     return [config.layer_plan(layer) for layer in range(layers)]

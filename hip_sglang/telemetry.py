@@ -181,29 +181,33 @@ class DecodeTotals:
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
         self._read = [0.0] * 8
         self._estimated: list[Tensor] = []
+        self._reused: list[Tensor] = []
         self._chosen: list[Tensor] = []
+        self._full: dict[int, int] = {}  # layers by budget, where a choice is all of it
 
     def add(self, steps: DecodeSteps, choice: Choice, estimated: Tensor, plan: SparsePlan) -> None:
         """A layer that may prune: estimated [B, Hq]."""
         self._estimated.append(estimated)
+        self._reused.append(steps.reuses)
         if plan.top_p < 1:
             self._chosen.append((choice.pages[steps.row] >= 0).sum(-1).double().mean(-1))
-        elif not self._chosen:
-            between = steps.page - plan.sink_pages - plan.window_pages
-            self._chosen.append(between.clamp(0, choice.pages.shape[2]).double())
+        else:
+            budget = choice.pages.shape[2]
+            self._full[budget] = self._full.get(budget, 0) + 1
 
     def end_pass(self, steps: DecodeSteps, layers: int, plan: SparsePlan) -> None:
-        """Of ``layers`` in all: add up what those that may prune did."""
+        """Of ``layers`` in all: add up what those that may prune did; ``plan`` is one of theirs."""
         pruning = len(self._estimated)
         # padding of a graph stands at a position that no decode step has
         real = steps.position > 0
         sparse = (real & (steps.page >= steps.sparse_from)).double()  # [B]
         blocks = sparse.sum() * pruning
-        reused = (sparse * steps.reuses).sum() * pruning
-        chosen = estimated = sparse.sum() * 0
+        reused = chosen = estimated = sparse.sum() * 0
         if pruning:
-            chosen = (torch.stack(self._chosen).sum(0) * sparse).sum()
-            chosen = chosen * (pruning / len(self._chosen))
+            reused = (torch.stack(self._reused).sum(0) * sparse).sum()
+            between = (steps.page - plan.sink_pages - plan.window_pages).double()
+            some = [between.clamp(0, budget) * count for budget, count in self._full.items()]
+            chosen = (torch.stack([*self._chosen, *some]).sum(0) * sparse).sum()
             estimated = (torch.stack(self._estimated).double().mean(-1).sum(0) * sparse).sum()
         fixed = plan.sink_pages + plan.window_pages + 1
         self._sums += torch.stack(
@@ -218,8 +222,9 @@ class DecodeTotals:
                 estimated,
             ]
         )
-        self._estimated.clear()
-        self._chosen.clear()
+        for kept in (self._estimated, self._reused, self._chosen):
+            kept.clear()
+        self._full.clear()
 
     def read(self) -> list[float]:
         """What was added since the last time; waits for the device."""

@@ -60,9 +60,9 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         )
         rows, device = len(self.req_to_token), self.req_to_token.device
         self.cache: SelectionCache | None = None
-        if config.refresh > 1:
-            budget = config.layer_plan(0).pages.budget_pages
-            self.cache = SelectionCache(rows, budget, config.refresh, device)
+        if config.refreshes != {1}:
+            budgets = {layer: plan.pages.budget_pages for layer, plan in self.layers.items()}
+            self.cache = SelectionCache(rows, budgets, device)
         self.nodes: NodeDirectory | None = None
         self.node_tables: NodeTables | None = None
         context = self.req_to_token.shape[1]

@@ -6,7 +6,7 @@ up beside the graph, by ``NodeTables``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from hip_kernels.steps import NO_PAGE, DecodeSteps
 from torch import Tensor
 
 from hip_sglang.attention.plan import NodePlan, page_tables
+from hip_sglang.attention.selection_cache import reused
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class DecodePlan:
     """The batch as kernels see it, padding of a graph included: requests of one token."""
 
-    steps: DecodeSteps
+    steps: DecodeSteps  # as most layers take them
+    reuses: Mapping[int, Tensor]  # by a layer's ``refresh``, [B] int32
     completed: Tensor  # [B] physical pages whose 64th token this pass writes; -1 is none
 
     @classmethod
@@ -49,25 +51,30 @@ class DecodePlan:
         own = table.gather(1, page[:, None]).squeeze(1)
         # without a cache every step chooses anew, into a row that only this pass has
         token = row = torch.arange(len(rows), device=rows.device)
-        reuses = torch.zeros_like(row)
+        held = torch.zeros_like(row).bool()
         if cache is not None:
             row = rows
-            reuses = cache.step(rows, torch.ones_like(row).bool(), length, config.start)
+            held = cache.step(rows, torch.ones_like(row).bool(), length, config.start)
+        by_refresh = {n: reused(held, length, n).int() for n in config.refreshes}
         steps = DecodeSteps(
             token=token,
             position=position,
             page=page,
             table=table,
             row=row,
-            reuses=reuses.int(),
+            reuses=by_refresh[config.refresh],
             nodes=node_table,
             nodes_from=first_page(config.nodes_from),
         )
-        return cls(steps, own.where(length % PAGE_SIZE == 0, -1))
+        return cls(steps, by_refresh, own.where(length % PAGE_SIZE == 0, -1))
 
     def of_layer(self, layer: LayerPlan) -> DecodeSteps:
         """The steps as a layer takes them."""
-        return replace(self.steps, sparse_from=first_page(layer.sparse_decode_from))
+        return replace(
+            self.steps,
+            reuses=self.reuses[layer.refresh],
+            sparse_from=first_page(layer.sparse_decode_from),
+        )
 
 
 def first_page(position: int | None) -> int:

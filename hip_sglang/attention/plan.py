@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, QueryBlocks
 from hip_kernels.ops import plan_blocks
 from torch import Tensor
 
+from hip_sglang.attention.selection_cache import reused
 from hip_sglang.kv.node_directory import NodeDirectory
 
 if TYPE_CHECKING:
@@ -64,8 +66,9 @@ class ForwardPlan:
     request_ids: list[str]
     rows: Tensor  # [B] SGLang's row of each request
     nodes: NodePlan | None = None
-    reuses: Tensor | None = None  # [B] requests that attend to what they chose before
-    _blocks: dict[tuple[int | None, int | None], list[QueryBlocks]] = field(default_factory=dict)
+    # by a layer's ``refresh``: [B] requests that attend to what they chose before
+    reuses: Mapping[int, Tensor] = field(default_factory=dict)
+    _blocks: dict[tuple[int | None, ...], list[QueryBlocks]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -92,15 +95,17 @@ class ForwardPlan:
         rows = batch.req_pool_indices.long()
         page_table = page_tables(req_to_token, rows, longest)
         completed = completed_pages(prefix_lens, seq_lens, page_table)
-        nodes, reuses = None, None
+        nodes, reuses = None, {}
         if directory is not None and config.nodes_from is not None:
             directory.forget(completed)
             nodes = NodePlan.of(directory, config.nodes_from, seq_lens, page_table)
         if cache is not None:
             steps = torch.arange(len(seq_lens), device=rows.device) >= prompts
-            reuses = cache.step(rows, steps, batch.seq_lens.long(), config.start)
+            held = cache.step(rows, steps, batch.seq_lens.long(), config.start)
             # it waits for the device; prompts alone use nothing again
-            reuses = reuses.cpu() if prompts < len(seq_lens) else None
+            if prompts < len(seq_lens):
+                lengths, held = torch.tensor(seq_lens), held.cpu()
+                reuses = {n: reused(held, lengths, n) for n in config.refreshes}
         return cls(
             prefix_lens=prefix_lens,
             seq_lens=seq_lens,
@@ -130,8 +135,8 @@ class ForwardPlan:
         return last[False], last[True]
 
     def blocks(self, layer: LayerPlan) -> list[QueryBlocks]:
-        """The query blocks of a layer; layers of the same thresholds share them."""
-        key = (layer.sparse_from, layer.sparse_decode_from)
+        """The query blocks of a layer; layers of the same thresholds and refresh share them."""
+        key = (layer.sparse_from, layer.sparse_decode_from, layer.refresh)
         if key not in self._blocks:
             self._blocks[key] = plan_blocks(
                 self.prefix_lens,
@@ -142,7 +147,7 @@ class ForwardPlan:
                 sparse_decode_from=layer.sparse_decode_from,
                 nodes_from=None if self.nodes is None else self.nodes.start,
                 node_table=None if self.nodes is None else self.nodes.table,
-                reuses=self.reuses,
+                reuses=self.reuses.get(layer.refresh),
             )
         return self._blocks[key]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from hip_kernels.layout import PAGE_SIZE, Choice
 from torch import Tensor
@@ -14,24 +16,24 @@ _NONE = -2
 class SelectionCache:
     """The choices of running requests, by SGLang's request row and by layer.
 
-    A step chooses anew when its length divides by ``refresh``, and when the step before it in the
-    same row was not at the position before, and sparse: so after a prompt, and every new owner of
-    a row brings one, as a retraction does. It follows from the request alone, never from who else
-    is in the batch. What is kept are positions within the request: SGLang may move its pages.
-    Nothing here asks a tensor for a number, so a CUDA graph can hold a step.
+    A step chooses anew when its length divides by the layer's ``refresh``, and when the step before
+    it in the same row was not at the position before, and sparse: so after a prompt, and every new
+    owner of a row brings one, as a retraction does. It follows from the request alone, never from
+    who else is in the batch. What is kept are positions within the request: SGLang may move its
+    pages. Nothing here asks a tensor for a number, so a CUDA graph can hold a step.
     """
 
     def __init__(
-        self, rows: int, budget_pages: int, refresh: int, device: torch.device | str = "cpu"
+        self, rows: int, budgets: Mapping[int, int], device: torch.device | str = "cpu"
     ) -> None:
-        self.refresh = refresh
-        self.budget_pages = budget_pages
+        """budgets: pages that each layer chooses."""
+        self._budgets = budgets
         # the position of the sparse decode step that each row saw last; one more for padding
         self._last = torch.full((rows + 1,), _NONE, device=device)
         self._choices: dict[int, Choice] = {}
 
     def step(self, rows: Tensor, decodes: Tensor, seq_lens: Tensor, sparse_from: int) -> Tensor:
-        """Which requests [B] of a forward pass use again what they chose; call it once a pass.
+        """Which requests [B] of a forward pass have a choice to use again; call it once a pass.
 
         Request rows, which of them are decode steps, and their lengths, [B]. ``sparse_from``:
         decode steps in pages from this position on are sparse.
@@ -42,13 +44,13 @@ class SelectionCache:
         # padding is one token long, and names a row that may be another's
         row = rows.where(position > 0, len(self._last) - 1)
         self._last[row] = position.where(sparse, _NONE)
-        return decodes & held & (seq_lens % self.refresh != 0)
+        return decodes & held
 
     def all_rows(self, layer_id: int, kv_heads: int, group: int) -> Choice:
         """What stands in every row, for kernels that read and write their own."""
         if layer_id not in self._choices:
             rows, device = len(self._last) - 1, self._last.device
-            pages = torch.full((rows, kv_heads, self.budget_pages), -1, device=device)
+            pages = torch.full((rows, kv_heads, self._budgets[layer_id]), -1, device=device)
             self._choices[layer_id] = Choice(
                 pages, torch.zeros(rows, kv_heads, group, device=device)
             )
@@ -58,7 +60,7 @@ class SelectionCache:
         """Of requests in rows [N]."""
         held = self.all_rows(layer_id, *choice.correction.shape[1:])
         # a batch of short contexts has no more places than pages
-        spare = self.budget_pages - choice.pages.shape[-1]
+        spare = held.pages.shape[-1] - choice.pages.shape[-1]
         held.pages[rows] = pad(choice.pages, (0, spare), value=-1)
         held.correction[rows] = choice.correction
 
@@ -66,3 +68,8 @@ class SelectionCache:
         """What requests in rows [N] chose."""
         held = self._choices[layer_id]
         return Choice(held.pages[rows], held.correction[rows])
+
+
+def reused(held: Tensor, seq_lens: Tensor, refresh: int) -> Tensor:
+    """Of requests [B] that have a choice, those that use it again in layers of this ``refresh``."""
+    return held & (seq_lens % refresh != 0)

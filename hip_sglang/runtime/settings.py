@@ -77,10 +77,11 @@ def settle_backend(server_args: Any) -> None:
     """For hip_attention: its page size, and no more request rows than a long context allows."""
     cfg = resolving_view(server_args)
     layers = model_config_of(cfg).num_hidden_layers
-    if absent := [n for n in doors.config_of(server_args).dense_layers if n >= layers]:
+    named = doors.config_of(server_args).named_layers
+    if absent := [(key, layer) for key, layer in named if layer >= layers]:
+        key, layer = absent[0]
         raise UnsupportedError(
-            f"dense_layers names layer {absent[0]}, but this model's are 0 to {layers - 1}; "
-            "take it out"
+            f"{key} names layer {layer}, but this model's are 0 to {layers - 1}; take it out"
         )
     declare_resolution(server_args, BACKEND, page_size=PAGE_SIZE)
     if cfg.max_running_requests is None:

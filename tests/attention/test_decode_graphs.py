@@ -37,7 +37,7 @@ HIP = {
 
 MORE: list[dict[str, Any]] = [
     {},
-    {"refresh": 3, "second_look": 0, "dense_layers": [0]},
+    {"refresh": 3, "second_look": 0, "per_layer": [{"layers": [0], "budget": 64, "refresh": 2}]},
     # four requests of five pages each
     {"second_look": 0, "offload": {"host_gib": 1, "device_tokens": 20 * PAGE_SIZE}},
 ]
@@ -135,7 +135,15 @@ class Counted:
         pass
 
 
-@pytest.mark.parametrize("more", [{"refresh": 2}, {"top_p": 0.5, "dense_layers": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"refresh": 2, "per_layer": [{"layers": [1], "budget": 64, "refresh": 1}]},
+        {"top_p": 0.5, "dense_layers": [1]},
+        {"per_layer": [{"layers": [0], "top_p": 0.5}]},
+    ],
+    ids=str,
+)
 def test_a_graph_counts_what_its_steps_did(
     interpreted: Callable[[ModuleType], ModuleType],
     monkeypatch: pytest.MonkeyPatch,

@@ -6,20 +6,23 @@ import pytest
 import torch
 from hip_kernels.layout import Choice
 
-from hip_sglang.attention.selection_cache import SelectionCache
+from hip_sglang.attention.selection_cache import SelectionCache, reused
 
 REFRESH, START, ROWS = 4, 256, 5
 
 
 @pytest.fixture
 def cache():
-    return SelectionCache(ROWS, 8, REFRESH)
+    return SelectionCache(ROWS, {0: 8, 3: 8, 4: 5})
 
 
 def once(cache, length, row=0, decode=True):
     """A pass of one request: whether it uses again what was chosen."""
-    given = torch.tensor([row]), torch.tensor([decode]), torch.tensor([length])
-    return bool(cache.step(*given, START)[0])
+    return bool(again(cache, torch.tensor([row]), torch.tensor([decode]), torch.tensor([length])))
+
+
+def again(cache, rows, decodes, lengths):
+    return reused(cache.step(rows, decodes, lengths, START), lengths, REFRESH)
 
 
 def steps(cache, lengths, row=0):
@@ -62,7 +65,7 @@ def test_rows_do_not_know_of_each_other(cache):
 def test_padding_changes_no_row(cache):
     steps(cache, [1001])
     rows, lengths = torch.tensor([0, 0, 0]), torch.tensor([1002, 1, 1])
-    assert bool(cache.step(rows, torch.ones(3).bool(), lengths, START)[0])
+    assert bool(again(cache, rows, torch.ones(3).bool(), lengths)[0])
     assert steps(cache, [1003]) == [True]
 
 
@@ -72,7 +75,8 @@ def test_what_is_kept_is_found_by_row_and_layer(cache):
     found = cache.get(3, torch.tensor([1, 4]))
     assert found.pages.tolist() == [[[7] + [-1] * 7], [[5] + [-1] * 7]]
     assert found.correction.tolist() == [[[1.0, 1.0]], [[1.0, 1.0]]]
-    assert cache.get(4, torch.tensor([4])).pages[0, 0, 0] == 9
+    # a layer with a budget of its own
+    assert cache.get(4, torch.tensor([4])).pages.tolist() == [[[9] + [-1] * 4]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -108,8 +112,9 @@ def test_no_schedule_makes_it_stale(cache, seed):
             torch.tensor(decodes).bool(),
             torch.tensor(lengths).long(),
         )
-        again = cache.step(*given, START)
-        for row, decode, length, reuses in zip(batch, decodes, lengths, again, strict=True):
+        for row, decode, length, reuses in zip(
+            batch, decodes, lengths, again(cache, *given), strict=True
+        ):
             request = running[row]
             if not decode or (length - 1) // 64 * 64 < START:
                 assert decode or not reuses

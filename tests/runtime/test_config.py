@@ -49,6 +49,21 @@ def test_the_paper_preset_searches_and_drops():
     assert plan.share_read(1023, 50) == pytest.approx((2 * 50 * 64 + 64 * 5) / (128 * 1024))
 
 
+def test_a_layer_may_have_a_budget_of_its_own():
+    groups = [{"layers": [1, 3], "budget": 100, "refresh": 4}, {"layers": [2], "top_p": 0.9}]
+    config = HipConfig.load({"budget": 4096, "per_layer": groups})
+    plans = [config.layer_plan(layer) for layer in range(5)]
+    assert [plan.pages.budget_pages for plan in plans] == [64, 2, 64, 2, 64]
+    assert [plan.refresh for plan in plans] == [1, 4, 1, 4, 1]
+    assert [plan.pages.top_p for plan in plans] == [1, 1, 0.9, 1, 1]
+    assert config.refreshes == {1, 4}
+    # what holds for all layers follows from the largest
+    large = HipConfig.load({"per_layer": [{"layers": [1], "budget": 1 << 20}]})
+    assert large.start == large.layer_plan(0).sparse_from > 1 << 20
+    held = {"beam": 1024, "per_layer": [{"layers": [1], "budget": 4096, "refresh": 2}]}
+    assert HipConfig.load(held).layer_plan(0).pages.beam == 64
+
+
 def test_dense_layers_never_prune():
     config = HipConfig.load('{"dense_layers": [0, 3]}')
     assert [config.layer_plan(layer).prunes for layer in range(5)] == [
@@ -141,6 +156,11 @@ def test_every_key_is_documented_in_the_schema():
         ('{"window": 0}', "window=0 is too small; set window to 1 or more"),
         ('{"sink": -1}', "sink=-1 is too small; set sink to 0 or more"),
         ('{"dense_layers": [-1]}', "dense_layers.0=-1 is too small"),
+        ('{"per_layer": [{"layers": []}]}', "per_layer.0.layers"),
+        ('{"per_layer": [{"layers": [1], "buget": 64}]}', "did you mean per_layer.0.budget?"),
+        ('{"per_layer": [{"layers": [1], "budget": 1}]}', "per_layer.0.budget=1 is too small"),
+        ('{"per_layer": [{"layers": [1, 1]}]}', "per_layer names layer 1, which is named before"),
+        ('{"per_layer": [{"layers": [1]}], "dense_layers": [1]}', "name it once"),
         ('{"window": "wide"}', "window='wide' is not a whole number"),
         ('{"sink": true}', "sink=True is not a whole number"),
         ('{"sub_page_means": 1}', "sub_page_means=1 is neither true nor false"),

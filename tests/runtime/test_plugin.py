@@ -154,6 +154,7 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--enable-two-batch-overlap"], "several attention backends side by side"),
         (["--enable-pdmux"], "several attention backends side by side"),
         (["--hip-config", '{"dense_layers": [0, 99]}'], "dense_layers names layer 99, but this"),
+        (["--hip-config", '{"per_layer": [{"layers": [9]}]}'], "per_layer names layer 9, but this"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
