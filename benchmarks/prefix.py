@@ -43,7 +43,8 @@ PREFIXES = 10_000  # in the tree whose operations are timed
 def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dict[str, list[float]]:
     """Samples by metric, one a round."""
     offload = sized_offload(token_bytes_of(model), len(ids), SPARE, SHARE)
-    disk = {"path": str(folder / "disk"), "gib": 64}
+    # pages and their summaries, of each round's namespace and what is first done
+    disk = {"path": str(folder / "disk"), "gib": 2 * (rounds + 1) * offload["host_gib"]}
     ways = {"without": offload, "kept": {**offload, "disk": disk}}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
 
