@@ -240,19 +240,22 @@ def prefix_section() -> list[str]:
             *(f"{float(metrics[f'{name}.ttft']['p50']):.3g} s" for name in ("cold", "known")),
             f"{float(metrics['decode.step']['p50']) * 1000:.0f} ms",
             ratio(metrics["ratio.known_vs_step"]),
+            ratio(metrics["ratio.known_pass_vs_step"]),
             f"{float(metrics['ratio.restarted_vs_cold']['p50']):.1%}",
             ratio(metrics["ratio.reading_vs_without_disk"]),
             where(row),
         ]
         for config, row, metrics in found
     ]
-    head = ["context", "cold", "known", "a step", "known to a step", "after a restart, of cold"]
+    head = ["context", "cold", "known", "a step", "known to a step"]
+    head += ["its pass to a step", "after a restart, of cold"]
     return [
         "## Prefixes on disk",
         "`hip-sglang bench prefix`: the built-in model on the real server, one request alone, KV "
         "in host memory and on disk; times are until the first token: of a document read cold, of "
-        "one that the tree knows, and of one that a server read that ended since. The last ratio "
-        "is reading without a disk to reading with one behind it.",
+        "one that the tree knows, and of one that a server read that ended since. *Its pass* is "
+        "the scheduler's alone: before it all tokens pass the door as JSON. The last ratio is "
+        "reading without a disk to reading with one behind it.",
         table([*head, "writing behind", "where"], rows),
     ]
 

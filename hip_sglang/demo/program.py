@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ class Timed:
     ttft_s: float
     step_s: float  # from token to token, on average
     cached_tokens: int
+    meta: Mapping[str, Any]  # all that the server says of it
 
 
 def ask_alone(
@@ -128,9 +129,12 @@ def ask_alone(
         "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
     }
     arrived, last = [], ""
-    began = time.perf_counter()
     try:
-        with httpx.stream("POST", f"{url}/generate", json=body, timeout=None) as stream:
+        with httpx.Client(timeout=None) as client:
+            # neither a client nor a prompt's JSON is made in no time
+            request = client.build_request("POST", f"{url}/generate", json=body)
+            began = time.perf_counter()
+            stream = client.send(request, stream=True)
             stream.raise_for_status()
             for line in stream.iter_lines():
                 if line.startswith("data: {"):
@@ -141,7 +145,7 @@ def ask_alone(
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise ConnectionError(f"the server did not answer a request: {error}") from error
     step = (arrived[-1] - arrived[0]) / max(1, meta["completion_tokens"] - 1)
-    return Timed(found["text"], arrived[0] - began, step, int(meta["cached_tokens"]))
+    return Timed(found["text"], arrived[0] - began, step, int(meta["cached_tokens"]), meta)
 
 
 def measure_speed(

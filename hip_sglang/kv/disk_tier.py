@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,18 @@ logger = logging.getLogger(__name__)
 READERS = 4
 # a disk that refused a page is asked again after so long
 PAUSE_SECONDS = 60.0
-# pages that wait to be written, as a share of the pool: beyond it they are let go unwritten
+# pages that wait to be written, as a share of the pool: more that come are let go unwritten
 MOST_WAITING = 1 / 4
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Pages to write, which follow each other."""
+
+    pages: list[int]  # physical
+    headers: list[Header]
+    prefix: list[str]  # the keys of all pages up to the last
+    fits: bool  # elsewise they are let go
 
 
 class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
@@ -60,7 +71,7 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         self._is_current = is_current
         self._most_waiting = int(pages * MOST_WAITING)
         self._waiting = 0
-        self._tasks: SimpleQueue[tuple[list[int], list[Header], list[str]] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._results: SimpleQueue[bool] = SimpleQueue()
         self._idle = threading.Condition()
         self._pause_ends = 0.0
@@ -96,14 +107,18 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
     def offload(self, transfers: list[PoolTransfer]) -> bool:
         """Write pages behind; they must stay as they are until it is done.
 
-        All are taken, for ranks must agree; what is not written in the end is said by its result.
+        All are taken, for ranks must agree; what is not written in the end is said by its result,
+        and is offered again by the next request that finds it.
         """
         slots, keys, before = transfers[0].device_indices, transfers[0].keys, self.before
-        with self._idle:
-            self._waiting += len(keys)
         parents = [before[-1] if before else None, *keys]
         headers = [Header(key, parent) for key, parent in zip(keys, parents, strict=False)]
-        self._tasks.put((pages_of_slots(slots), headers, [*before, *keys]))
+        with self._idle:
+            # what waits cannot be evicted. the beginning of a prefix is of use without its end
+            fits = not self._waiting or self._waiting + len(keys) <= self._most_waiting
+            self._waiting += len(keys) * fits
+        task = _Task(pages_of_slots(slots), headers, [*before, *keys], fits)
+        self._tasks.put(task)
         return True
 
     def num_completed_offloads(self) -> int:
@@ -166,22 +181,20 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
 
     def _write_behind(self) -> None:
         while (task := self._tasks.get()) is not None:
-            pages, headers, prefix = task
             written = 0
             try:
-                for each in zip(pages, headers, strict=True):
-                    # what waits cannot be evicted: where there is too much of it, none is written
-                    if self._waiting > self._most_waiting or not self._write(*each):
+                for page, header in zip(task.pages, task.headers, strict=True):
+                    if not task.fits or not self._write(page, header):
                         break
                     written += 1
                 if self.files is not None:
-                    self.files.touch(prefix)
+                    self.files.touch(task.prefix)
             except Exception:
                 logger.exception("hip_attention disk: pages could not be written")
-            self._count("skipped", len(pages) - written)
-            self._results.put(written == len(pages))
+            self._count("skipped", len(task.pages) - written)
+            self._results.put(written == len(task.pages))
             with self._idle:
-                self._waiting -= len(pages)
+                self._waiting -= len(task.pages) * task.fits
                 self._idle.notify_all()
 
     def _write(self, page: int, header: Header) -> bool:

@@ -47,6 +47,11 @@ class HipRadixCache(UnifiedRadixCache):  # type: ignore[misc]
     def init_cache_linker(self, cache_linker: DiskTier) -> None:
         self.linker = _Disk(self, cache_linker)
 
+    def cache_unfinished_req(self, req: Req, chunked: bool = False, **others: Any) -> None:
+        """SGLang backs a prompt up when all of it is read; a long one is written as it is read."""
+        # a streaming session tells by it whether it goes on
+        super().cache_unfinished_req(req, chunked and req.session is not None, **others)
+
 
 class _Disk(UnifiedCacheLinkerWrapper):  # type: ignore[misc]
     """What SGLang's tree does with an external store, but that it never learns of a broken page.

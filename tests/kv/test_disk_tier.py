@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,13 @@ def key(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
+def wait_for(tier: DiskTier) -> bool:
+    """Whether what was offered first is written."""
+    while not tier.num_completed_offloads():
+        time.sleep(0.001)
+    return tier.pop_completed_offload()
+
+
 class Kept:
     """A rank's pool with a prompt in its first row, and a tier at ``path``."""
 
@@ -48,9 +56,7 @@ class Kept:
         """Whether all of its keys were written."""
         slots = self.slots[: len(self.keys) * PAGE_SIZE]
         assert self.tier.offload([SimpleNamespace(device_indices=slots, keys=self.keys)])
-        while not self.tier.num_completed_offloads():
-            time.sleep(0.001)
-        return self.tier.pop_completed_offload()
+        return wait_for(self.tier)
 
     def found(self) -> int:
         return len(self.tier.lookup("", [SimpleNamespace(keys=self.keys)]))
@@ -193,15 +199,34 @@ def test_the_disk_is_bounded_and_prefixes_are_dropped_from_their_end(tmp_path: P
     kept.close()
 
 
-def test_of_more_than_a_quarter_of_the_pool_nothing_is_written_and_nothing_waits(
-    kept: Kept,
+def test_where_a_quarter_of_the_pool_waits_the_end_of_a_prefix_is_let_go(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept.keys = [key(number) for number in range(POOL // 4 + 1)]
-    kept.slots = torch.arange(len(kept.keys) * PAGE_SIZE)
-    assert not kept.write()
-    assert kept.found() == 0
-    kept.keys = kept.keys[:2]
-    assert kept.write()
+    slow, write = threading.Event(), kept.tier._write
+    monkeypatch.setattr(kept.tier, "_write", lambda *page: slow.wait(10) and write(*page))
+    keys = [key(number) for number in range(POOL // 4 + 2)]
+    slots = torch.arange(len(keys) * PAGE_SIZE)
+
+    def offer(first: int, end: int) -> None:
+        kept.tier.before = keys[:first]
+        some = slots[first * PAGE_SIZE : end * PAGE_SIZE]
+        kept.tier.offload([SimpleNamespace(device_indices=some, keys=keys[first:end])])
+
+    # one chunk of a prompt after the other; the last one is too much
+    chunks = [(0, 1), (1, POOL // 4), (POOL // 4, POOL // 4 + 1)]
+    for chunk in chunks:
+        offer(*chunk)
+    slow.set()
+    assert [wait_for(kept.tier) for _ in chunks] == [True, True, False]
+    kept.keys = keys
+    assert kept.found() == POOL // 4
+    # whoever finds it next offers it again; and a chunk alone may be of any size
+    offer(*chunks[-1])
+    assert wait_for(kept.tier)
+    kept.keys = keys = [key(1000 + number) for number in range(POOL // 4 + 2)]
+    offer(0, len(keys))
+    assert wait_for(kept.tier)
+    assert kept.found() == len(keys)
 
 
 def test_pages_of_a_model_that_was_changed_are_used_no_more(kept: Kept) -> None:
