@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import xxhash
 from hip_kernels.layout import PAGE_SIZE
@@ -86,13 +87,13 @@ class PageRecords:
     def pack(self, page: int, header: Header, record: Tensor) -> None:
         """The physical page into a record [nbytes], in host memory."""
         for kept, live in self._pairs(record, page):
-            kept.copy_(live)
+            _copy(live, kept)
         header.write(record)
 
     def unpack(self, record: Tensor, page: int) -> None:
         """A record that was verified into a physical page that nobody reads yet."""
         for kept, live in self._pairs(record, page):
-            live.copy_(kept)
+            _copy(kept, live)
 
     def settle(self, pages: Tensor) -> None:
         """Pages [C] were unpacked: copies of them, and nodes that end at them, are of before."""
@@ -108,6 +109,15 @@ class PageRecords:
             pairs.append((kept, live))
             start += live.nbytes
         return pairs
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.is_cpu and target.is_cpu:
+        # torch would take threads from the model, which is computing meanwhile
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[source.itemsize]
+        np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
+    else:
+        target.copy_(source)
 
 
 def pages_of_slots(slots: Tensor) -> list[int]:
