@@ -18,6 +18,7 @@ from hip_sglang.cache_cli import cache_app
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.config_cli import config_app
 from hip_sglang.plan import plan
+from hip_sglang.tune_cli import tune
 
 # heavy modules (torch, sglang, our own mathematics) are imported inside the commands that need them
 
@@ -37,6 +38,7 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.command()(plan)
+app.command()(tune)
 
 
 def main() -> None:

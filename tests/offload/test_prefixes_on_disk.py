@@ -14,14 +14,15 @@ import httpx
 import pytest
 
 from hip_sglang.cli import run
-from tests.offload.test_server import HIP, OFFLOAD
+from tests.offload.test_server import CAPACITY, HIP, OFFLOAD
 from tests.server.test_batches import TOLERANCE, ask, prompt
 from tests.server.test_hostile import flush
 from tests.servers import Serve, Server
 
 pytestmark = pytest.mark.server
 
-LENGTHS = (200, 1345, 2048, 2500, 8 * OFFLOAD["device_tokens"])
+# one is more than half of host memory
+LENGTHS = (200, 1345, 2048, 2500, CAPACITY // 2 + 100, 8 * OFFLOAD["device_tokens"])
 
 Answers = dict[int, list[float]]
 

@@ -1,0 +1,166 @@
+"""``python -m benchmarks``: every benchmark by one command, and against another commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = "gpu/attention.py"
+
+Plan = list[tuple[str, list[str]]]
+PROFILES: dict[str, Plan] = {
+    # some minutes on two cores
+    "quick": [
+        ("attention", ["--context", "32768", "--rounds", "5"]),
+        ("growth", ["--lengths", "64K,256K", "--prompts", "16K,64K", "--rounds", "5"]),
+        ("fidelity", ["--seeds", "2", "--length", "8192"]),
+        ("methods", ["--documents", "3"]),
+        ("serve", ["--context", "16384", "--rounds", "1"]),
+    ],
+    # the rows of docs/numbers.md
+    "cpu": [
+        ("attention", ["--context", "131072"]),
+        ("attention", ["--context", "1048576", "--rounds", "5"]),
+        ("attention", ["--mode", "prefill", "--context", "131072", "--rounds", "3"]),
+        ("growth", []),
+        ("fidelity", ["--model"]),
+        ("methods", ["--context", "4096", "--documents", "20"]),
+        ("methods", ["--context", "16384"]),
+        ("serve", ["--context", "65536"]),
+        ("offload", []),
+        ("prefix", []),
+        ("cluster", []),
+    ],
+    "gpu": [(GPU, [])],
+}
+ROUNDS = 2
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="One of the profile's, or all.")],
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "quick",
+) -> None:
+    """Run the benchmarks of a profile, one after the other, and keep their rows."""
+    console, failed = Console(), 0
+    for bench, arguments in chosen(name, profile):
+        console.rule(f"{bench} {' '.join(arguments)}")
+        began = time.monotonic()
+        more = ["--out", str(ROOT / "benchmarks" / "results")] if bench == GPU else ["--save"]
+        code = subprocess.run(
+            [*command(bench), *arguments, *more], cwd=ROOT, check=False
+        ).returncode
+        console.print(f"{bench}: exit code {code} after {time.monotonic() - began:.0f} s")
+        failed += code != 0
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def compare(
+    ref: Annotated[str, typer.Argument(help="A commit of this repository.")],
+    name: Annotated[str, typer.Argument(help="One of the profile's, or all.")] = "attention",
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "quick",
+) -> None:
+    """Run the same benchmarks on another commit and here, in turn, and show what changed."""
+    table = Table("benchmark", "value", ref, "here", "here / there")
+    with checked_out(ref) as other:
+        for bench, arguments in chosen(name, profile):
+            found: dict[Path, list[dict[str, float]]] = {other: [], ROOT: []}
+            for turn in range(ROUNDS):
+                for place in (other, ROOT) if turn % 2 == 0 else (ROOT, other):
+                    found[place].append(values_of(bench, arguments, place))
+            for value in found[ROOT][0]:
+                there, here = (
+                    sorted(one[value] for one in found[place] if value in one)
+                    for place in (other, ROOT)
+                )
+                if there and here:
+                    before, after = there[len(there) // 2], here[len(here) // 2]
+                    ratio = f"{after / before:.2f}" if before else "-"
+                    table.add_row(bench, value, f"{before:.4g}", f"{after:.4g}", ratio)
+    Console().print(table)
+
+
+@app.command()
+def report() -> None:
+    """Rewrite docs/numbers.md, and what else shows numbers, from the rows."""
+    script = ROOT / "scripts" / "write_numbers.py"
+    raise typer.Exit(subprocess.run([sys.executable, str(script)], check=False).returncode)
+
+
+def chosen(name: str, profile: str) -> Plan:
+    """The benchmarks of that name in a profile."""
+    if profile not in PROFILES:
+        raise typer.BadParameter(f"--profile {profile}: choose one of {', '.join(PROFILES)}")
+    plan = [(bench, more) for bench, more in PROFILES[profile] if name in ("all", bench)]
+    if not plan:
+        names = sorted({bench for bench, _ in PROFILES[profile]})
+        raise typer.BadParameter(f"{name} is not in profile {profile}; it has {', '.join(names)}")
+    return plan
+
+
+def command(bench: str) -> list[str]:
+    if bench == GPU:
+        return [sys.executable, str(ROOT / "benchmarks" / GPU)]
+    # the program, of whatever commit is first on the path
+    return [sys.executable, "-c", "from hip_sglang.cli import main; main()", "bench", bench]
+
+
+def values_of(bench: str, arguments: list[str], place: Path) -> dict[str, float]:
+    """What a benchmark says in its last line, numbers only, by path."""
+    paths = [str(place / part) for part in ("", "kernels", "cluster")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [*command(bench), *arguments, "--json"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return dict(numbers({key: told.get(key, {}) for key in ("ratios", "values")}))
+
+
+def numbers(of: dict[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in of.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{before}{key}.")
+        elif isinstance(value, (int, float)):
+            yield f"{before}{key}", float(value)
+
+
+@contextmanager
+def checked_out(ref: str) -> Iterator[Path]:
+    """A commit in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "there"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        done = subprocess.run(
+            [*git, "add", "--detach", str(place), ref], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise typer.BadParameter(f"{ref}: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            yield place
+        finally:
+            subprocess.run([*git, "remove", "--force", str(place)], check=False)
+
+
+if __name__ == "__main__":
+    app()

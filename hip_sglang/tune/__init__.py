@@ -1,0 +1,1 @@
+"""Finds each model's best settings: what to prune in which layer."""

@@ -1,0 +1,117 @@
+"""A multi-objective evolutionary search (NSGA-II, Deb et al. 2002), which goes on where it ended.
+
+In the spirit of InstaTune (arXiv 2308.15609): a model that is trained already is a super-network,
+and its configurations are a population. Two objectives, both to be small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from hip_sglang.tune.space import Genes, Space
+
+POPULATION = 16
+Values = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration, and what it was found to be."""
+
+    genes: Genes
+    values: Values  # KL divergence from dense in nats, share of the KV that a step reads
+
+
+class Journal:
+    """Trials as they come, a JSON line each; the last may be torn by a kill, and is made again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        whole = path.read_bytes().rpartition(b"\n")[0] + b"\n" if path.exists() else b""
+        lines = whole.decode("utf-8").splitlines()
+        self.trials = [
+            Trial(found["genes"], (found["values"][0], found["values"][1]))
+            for found in map(json.loads, filter(None, lines))
+        ]
+        path.write_bytes(whole if self.trials else b"")
+
+    def add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        line = json.dumps({"genes": trial.genes, "values": trial.values})
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def search(
+    space: Space,
+    judge: Callable[[Genes], Values],
+    trials: int,
+    journal: Journal,
+    *,
+    seed: int = 0,
+    on_trial: Callable[[], None] = lambda: None,
+    random: bool = False,
+) -> list[Trial]:
+    """So many trials; what the journal holds is not judged again.
+
+    All that is random follows from the seed and from what was found before, so the search takes the
+    same way through the journal as it did before, and then goes on. With ``random`` it does not
+    learn from what was found. Raises ValueError where the journal is of another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # optuna calls this crossover experimental
+        crossover = optuna.samplers.nsgaii.SBXCrossover()
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.NSGAIISampler(
+        population_size=POPULATION, crossover=crossover, seed=seed
+    )
+    if random:
+        sampler = optuna.samplers.RandomSampler(seed=seed)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    # options stand in order: a child is between its parents, and not one of both at random
+    options, known = space.options(), list(journal.trials)
+    for genes in space.uniform():
+        study.enqueue_trial({name: options[name].index(of) for name, of in genes.items()})
+    for number in range(trials):
+        asked = study.ask()
+        genes = {name: of[asked.suggest_int(name, 0, len(of) - 1)] for name, of in options.items()}
+        if number < len(known):
+            if known[number].genes != genes:
+                raise ValueError(
+                    "the trials that are there are of another search; give another --out"
+                )
+            values = known[number].values
+        else:
+            values = judge(genes)
+            journal.add(Trial(genes, values))
+        study.tell(asked, values)
+        on_trial()
+    return journal.trials[:trials]
+
+
+def front(trials: Iterable[Trial]) -> list[Trial]:
+    """Those that no other one is better than in both, by the share they read."""
+    found: list[Trial] = []
+    for trial in sorted(trials, key=lambda one: (one.values[1], one.values[0])):
+        if not found or trial.values[0] < found[-1].values[0]:
+            found.append(trial)
+    return found
+
+
+def hypervolume(values: Sequence[Values], worst: Values) -> float:
+    """The area that these dominate, up to ``worst``."""
+    area, last = 0.0, worst[0]
+    for divergence, share in sorted(values, key=lambda one: one[1]):
+        if divergence < last and share < worst[1]:
+            area += (last - divergence) * (worst[1] - share)
+            last = divergence
+    return area

@@ -1,0 +1,84 @@
+"""What can be tuned, and how it becomes a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from hip_kernels.layout import PAGE_SIZE
+
+from hip_sglang.config import HipConfig
+
+Genes = dict[str, Any]
+# layers next to each other that share their settings, at most so many
+MOST_GROUPS = 8
+# of the budget that is given
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+SHARES = (1.0, 0.99, 0.95, 0.9)
+REFRESHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Per group of layers: a budget, ``top_p``, ``refresh``, or dense altogether."""
+
+    base: HipConfig
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, base: HipConfig, layers: int) -> Space:
+        """The layers of a model in order, in groups of nearly the same size.
+
+        Raises ValueError where the configuration decides for single layers already, or where its
+        decode steps do not prune.
+        """
+        if base.decode == "dense":
+            raise ValueError("decode=dense prunes nothing; tune a configuration that does")
+        if base.named_layers:
+            raise ValueError("per_layer and dense_layers are what is searched for; leave them out")
+        count = min(MOST_GROUPS, layers)
+        ends = [round(layers * part / count) for part in range(count + 1)]
+        return cls(base, tuple(tuple(range(first, end)) for first, end in pairwise(ends)))
+
+    def options(self) -> dict[str, Sequence[Any]]:
+        """What each gene can be."""
+        budgets = sorted({max(PAGE_SIZE, int(self.base.budget * scale)) for scale in SCALES})
+        choices = {"budget": budgets, "top_p": SHARES, "refresh": REFRESHES, "dense": (False, True)}
+        return {
+            f"{name}.{group}": options
+            for group in range(len(self.groups))
+            for name, options in choices.items()
+        }
+
+    def uniform(self) -> list[Genes]:
+        """What is the same for all layers, and one would try by hand; first what is given."""
+        options = self.options()
+        own = {name: getattr(self.base, name) for name in ("budget", "top_p", "refresh")}
+        plain = {"dense": False, **own}
+        changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
+        changes += [{"budget": budget} for budget in options["budget.0"]]
+        found: list[Genes] = []
+        for change in changes:
+            wanted = {**plain, **change}
+            genes = {
+                gene: min(of, key=lambda option: abs(option - wanted[gene.partition(".")[0]]))
+                for gene, of in options.items()
+            }
+            if genes not in found:
+                found.append(genes)
+        return found
+
+    def config(self, genes: Mapping[str, Any], **more: Any) -> HipConfig:
+        """With ``more`` settings in place of those given."""
+        dense: list[int] = []
+        own = []
+        for number, layers in enumerate(self.groups):
+            if genes[f"dense.{number}"]:
+                dense += layers
+                continue
+            names = ("budget", "top_p", "refresh")
+            own.append({"layers": layers, **{name: genes[f"{name}.{number}"] for name in names}})
+        given = self.base.model_dump(exclude_unset=True)
+        return HipConfig.load({**given, "dense_layers": dense, "per_layer": own, **more})

@@ -1,0 +1,66 @@
+"""What a search needs: the model, the text in its tokens, and what makes it this search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from hip_sglang.config import HipConfig
+from hip_sglang.demo.corpus import library_text, read_text
+from hip_sglang.demo.model import write_model
+from hip_sglang.explain import parse_lengths
+from hip_sglang.tune.run import PIECES, Settings, run_tune
+from hip_sglang.tune.teacher import Teacher
+
+BUILTIN = "builtin"
+# of Python's library: tokens have some three characters
+LIBRARY_CHARACTERS = 24
+
+
+def start(
+    model: str,
+    data: Sequence[Path],
+    lengths: str,
+    steps: int,
+    trials: int,
+    seed: int,
+    hip_config: str | None,
+    out: Path,
+) -> int:
+    """As ``run_tune``, from what a command line has. Raises ValueError as it does."""
+    wanted = parse_lengths(lengths)
+    short, long = wanted[0], wanted[-1]
+    if len(wanted) > 2 or short <= 2 * steps:
+        raise ValueError(
+            f"--lengths {lengths}: give one or two lengths, each more than twice --steps {steps}"
+        )
+    base = HipConfig.load(hip_config)
+    directory = Path(model)
+    if model == BUILTIN:
+        directory = out / "model"
+        write_model(directory)
+    texts = [read_text(path) for path in data]
+    if not texts:
+        # whole documents of both lengths, and as much again that no search sees
+        texts = [library_text(seed)[: LIBRARY_CHARACTERS * PIECES * long]]
+    teacher = Teacher(directory)
+    settings = Settings(
+        model=model if model == BUILTIN else str(directory.resolve()),
+        data=[hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts],
+        short=short,
+        long=long,
+        steps=steps,
+        seed=seed,
+        hip=base.model_dump(mode="json", exclude_unset=True),
+    )
+    return run_tune(teacher, tokens_of(directory, texts), settings, trials, out)
+
+
+def tokens_of(directory: Path, texts: Sequence[str]) -> list[int]:
+    """Of all texts, one after the other."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    found = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return [token for ids in found for token in ids]

@@ -1,0 +1,126 @@
+"""What other methods keep: against sums by hand, and against dense where they keep everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hip_sglang.bench import load_bench
+from hip_sglang.config import HipConfig
+from hip_sglang.tune.judge import plans_of
+from hip_sglang.tune.teacher import Teacher, divergence
+from tests.benchmarks.conftest import Rows
+from tests.tiny_llama import write_tiny_llama
+
+kept = load_bench("kept")
+methods = load_bench("methods")
+
+
+def search(key: torch.Tensor, budget: int, query: torch.Tensor | None = None) -> Any:
+    """One step over keys [T, D], with neither sink nor window."""
+    query = torch.eye(key.shape[1])[:1] if query is None else query
+    free = torch.ones(1, len(key), dtype=torch.bool)
+    return kept.Search(query[None], key, free, kept.Sizes(0, 0, budget))
+
+
+def test_halving_goes_by_the_first_token_of_each_half() -> None:
+    logits = torch.tensor([[1.0, 5, 9, 2, 1, 9, 3, 2]])
+    # of the second chunk 9 is lost: its half begins with 1
+    assert kept.representative(logits, 4).tolist() == [[9, 3]]
+
+
+def test_the_oracle_keeps_the_best_tokens() -> None:
+    key = torch.tensor([[1.0], [5], [3], [4]])
+    assert kept.oracle(search(key, 2)).tolist() == [[False, True, False, True]]
+
+
+def test_quest_bounds_what_a_page_can_weigh() -> None:
+    torch.manual_seed(0)
+    key, query = torch.randn(64, 8), torch.randn(2, 8)
+    found = search(key, kept.PAGE, query)
+    best = kept.quest(found)[0]
+    assert best.sum() == kept.PAGE
+    page = key.unflatten(0, (4, kept.PAGE))
+    bound = torch.maximum(page.amin(1) * query[:, None], page.amax(1) * query[:, None]).sum(-1)
+    assert (bound >= (query @ key.T).unflatten(1, (4, -1)).amax(-1) - 1e-6).all()
+    assert int(best.nonzero()[0]) // kept.PAGE == int(bound.amax(0).argmax())
+
+
+def test_pages_of_a_short_end_are_pages() -> None:
+    key = torch.zeros(kept.PAGE + 3, 1)
+    key[-2] = 40.0
+    for choose in (kept.mean_keys, kept.quest):
+        chosen = choose(search(key, kept.PAGE))[0]
+        assert chosen.nonzero().flatten().tolist() == [16, 17, 18]
+
+
+def test_three_stages_end_with_the_budget() -> None:
+    torch.manual_seed(1)
+    key = torch.randn(4096, 4)
+    chosen = kept.three_stages(search(key, 64))
+    assert int(chosen.sum()) == 64
+    assert chosen.unflatten(1, (-1, 8)).all(-1).sum() == 8
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return Teacher(write_tiny_llama(tmp_path_factory.mktemp("methods"), peak=3.0))
+
+
+def test_who_keeps_everything_is_dense(teacher: Teacher) -> None:
+    ids = torch.randint(1, 1000, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    dense = plans_of(HipConfig(preset="dense"), teacher)
+    document = teacher.read(ids[:-8], dense, 8)
+    said = teacher.ask(document, ids[-8:], dense)
+    apart = {}
+    for name, choose in kept.METHODS.items():
+        all_of_it = kept.Kept(choose, kept.Sizes(64, 64, 1 << 12))
+        apart[name] = float(divergence(said, teacher.ask(document, ids[-8:], all_of_it)).max())
+    # it keeps only what it always does
+    assert apart.pop("stream") > 1e-4
+    assert max(apart.values()) < 1e-6
+
+
+def test_all_have_as_many_tokens() -> None:
+    sizes = methods.sizes_of(4096, 1 / 8)
+    # and the page that a query stands in
+    assert sizes.sink + sizes.window + sizes.budget + 64 == 512
+    with pytest.raises(ValueError, match="less than four pages"):
+        methods.sizes_of(1024, 1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--share", "0.01"], "--share 0.01 of --context 4096 is less than four pages"),
+        (["--steps", "4000"], "--context 4096 is too small"),
+        (["--data", "/absent"], "the document /absent cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    refused: Callable[..., str], arguments: list[str], words: str
+) -> None:
+    assert words in refused("methods", *arguments)
+
+
+@pytest.mark.soak
+def test_ours_is_nearer_to_dense_than_the_published_search(
+    bench: Callable[..., dict[str, Any]], saved: Rows
+) -> None:
+    found = bench("methods", "--documents", "2", "--steps", "32", "--save")["values"]
+    assert found["ours"]["kl"] < found["HiP as published"]["kl"] / 5
+    assert {row["metric"] for row in saved()} >= {"ours.kl", "Quest.same.mean"}
+
+
+def test_how_cost_grows_is_a_slope() -> None:
+    assert load_bench("growth").exponent({1: [3.0], 4: [6.0], 16: [12.0]}) == pytest.approx(0.5)
+
+
+@pytest.mark.soak
+def test_a_step_grows_slower_than_the_context(bench: Callable[..., dict[str, Any]]) -> None:
+    small = ["--lengths", "16K,64K", "--prompts", "16K,32K", "--rounds", "3", "--chunk", "64"]
+    found = bench("growth", *small)["values"]
+    assert found["exponent.decode"] < 1 < found["exponent.prefill"]

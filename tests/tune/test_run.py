@@ -1,0 +1,115 @@
+"""``hip-sglang tune`` as a user runs it: on a tiny model, killed, and started again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hip_sglang.cli import run
+from hip_sglang.config import HipConfig
+from hip_sglang.tune import run as tuning
+from tests.tiny_llama import write_tiny_llama
+
+SMALL = ["--lengths", "512,1K", "--steps", "8"]
+HIP = ["--hip-config", '{"sink": 64, "window": 64, "budget": 256}']
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tuned"), peak=3.0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(Path(json.__file__).read_text() * 40)
+    return file
+
+
+def tune(model: Path, text: Path, out: Path, *more: str) -> int:
+    given = ["tune", str(model), "--data", str(text), "--out", str(out), *SMALL, *HIP]
+    return run([*given, *(more or ("--trials", "30"))])
+
+
+def test_it_writes_configurations_that_a_server_takes(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(model, text, tmp_path) == 0
+    report = json.loads((tmp_path / tuning.REPORT).read_text())
+    found = report["configurations"]
+    assert len(found) >= 2
+    for one in found:
+        config = HipConfig.load(str(tmp_path / one["file"]))
+        assert config.budget == 256
+        assert one["kl"] >= 0
+        assert 0 < one["share_read"] <= 1
+    # by what they read at the long length; on unseen text the same, but for rounding
+    shares = [one["share_read"] for one in found]
+    assert shares == sorted(shares)
+    assert [one["preset"] for one in report["presets"]] == ["balanced", "paper"]
+    assert (tmp_path / tuning.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert "paper: " in capsys.readouterr().out
+
+
+def test_a_search_that_was_ended_goes_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tune(model, text, tmp_path / "whole") == 0
+    assert tune(model, text, tmp_path / "parts", "--trials", "12") == 0
+    judged: list[object] = []
+    judge = tuning.Judge.__call__
+
+    def counted(self: tuning.Judge, config: HipConfig) -> tuple[float, float]:
+        judged.append(config)
+        return judge(self, config)
+
+    monkeypatch.setattr(tuning.Judge, "__call__", counted)
+    assert tune(model, text, tmp_path / "parts") == 0
+    for name in (tuning.TRIALS, tuning.REPORT):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert 18 <= len(judged) < 30
+    judged.clear()
+    assert tune(model, text, tmp_path / "parts") == 0
+    assert judged == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lengths", "512,1K,2K"], "give one or two lengths"),
+        (["--lengths", "8"], "each more than twice --steps"),
+        (["--lengths", "1M"], "give more text, or shorter --lengths"),
+        (["--hip-config", '{"preset": "dense"}'], "prunes nothing"),
+        (["--hip-config", '{"budgt": 1}'], "did you mean budget?"),
+        (["--data", "/absent.txt"], "the document /absent.txt cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    said: str,
+) -> None:
+    assert tune(model, text, tmp_path, *more) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+def test_another_search_in_the_same_folder_is_refused(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(model, text, tmp_path, "--trials", "2") == 0
+    capsys.readouterr()
+    assert tune(model, text, tmp_path, "--seed", "1") == 2
+    assert "holds another search; give another --out" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_model_is_one_line(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path, text, tmp_path / "out") == 2
+    assert "has no model to load" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The search: it learns, it goes on where it was killed, and the same seed finds the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hip_sglang.config import HipConfig
+from hip_sglang.tune.search import Journal, Trial, Values, front, hypervolume, search
+from hip_sglang.tune.space import Genes, Space
+
+SPACE = Space.of(HipConfig.load({"budget": 1024}), layers=12)
+
+
+def judge(genes: Genes) -> Values:
+    """Made up: groups matter unequally, and what is read costs by the budget."""
+    divergence = share = 0.0
+    for group in range(len(SPACE.groups)):
+        read = 1.0
+        if not genes[f"dense.{group}"]:
+            read = genes[f"budget.{group}"] / 4096 * genes[f"top_p.{group}"] ** 4
+            read /= genes[f"refresh.{group}"] ** 0.3
+            lost = (1 - read) ** 2 * (4 if group in (1, 5) else 0.1)
+            divergence += lost
+        share += read / len(SPACE.groups)
+    return divergence, share
+
+
+def test_layers_are_grouped_in_order() -> None:
+    assert [layer for group in SPACE.groups for layer in group] == list(range(12))
+    assert len(SPACE.groups) == 8
+    # what is given, dense, another refresh and top_p, and four other budgets
+    assert len(SPACE.uniform()) == 8
+    assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
+
+
+def test_genes_become_a_configuration() -> None:
+    genes = SPACE.uniform()[0]
+    config = SPACE.config(genes)
+    assert [config.layer_plan(n).pages.budget_pages for n in range(12)] == [16] * 12
+    layers = SPACE.groups[3]
+    changed = SPACE.config({**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4})
+    assert set(changed.dense_layers) == set(SPACE.groups[0])
+    assert changed.layer_plan(layers[0]).pages.budget_pages == 2
+    assert changed.layer_plan(layers[0]).refresh == 4
+    assert changed.budget == 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"preset": "dense"}, "prunes nothing"), ({"dense_layers": [0]}, "leave them out")],
+)
+def test_what_leaves_nothing_to_find_is_refused(config: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Space.of(HipConfig.load(config), layers=4)
+
+
+def test_a_front_is_what_nothing_is_better_than() -> None:
+    given: list[Values] = [(3, 1), (1, 3), (2, 2), (2, 3), (3, 3), (2, 2)]
+    found = front(Trial({}, values) for values in given)
+    assert [trial.values for trial in found] == [(3, 1), (2, 2), (1, 3)]
+
+
+def test_the_hypervolume_is_an_area() -> None:
+    assert hypervolume([(1, 3), (3, 1), (2, 2)], (4, 4)) == 3 + 2 + 1
+    assert hypervolume([(1, 3), (5, 1), (1, 5)], (4, 4)) == 3
+    assert hypervolume([], (4, 4)) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
+    areas = []
+    for random in (False, True):
+        journal = Journal(tmp_path / f"{random}.jsonl")
+        trials = search(SPACE, judge, 240, journal, seed=seed, random=random)
+        areas.append(hypervolume([trial.values for trial in trials], (9, 1.1)))
+    assert areas[0] > 1.02 * areas[1]
+
+
+def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    whole = search(SPACE, judge, 80, Journal(tmp_path / "whole.jsonl"), seed=5)
+    path, judged = tmp_path / "killed.jsonl", []
+
+    def counted(genes: Genes) -> Values:
+        judged.append(genes)
+        if len(judged) in (30, 55):
+            raise KeyboardInterrupt
+        return judge(genes)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search(SPACE, counted, 80, Journal(path), seed=5)
+        # the line that a kill tore
+        with path.open("a") as file:
+            file.write('{"genes": {"budg')
+    found = search(SPACE, counted, 80, Journal(path), seed=5)
+    assert found == whole
+    assert len(judged) == 82
+    assert (tmp_path / "whole.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_trials_of_another_search_are_refused(tmp_path: Path) -> None:
+    search(SPACE, judge, 30, Journal(tmp_path / "trials.jsonl"), seed=1)
+    with pytest.raises(ValueError, match="of another search; give another --out"):
+        search(SPACE, judge, 30, Journal(tmp_path / "trials.jsonl"), seed=2)
