@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def ask_missing(evaluation: Evaluation, results: Results, console: Console) -> N
                 console.print(f"{datetime.now():%H:%M:%S} {preset}: {known} of {total} answered")
             if questions:
                 progress.update(bar, description=f"{preset}: starting the server")
-                keep = _keeper(evaluation, results, lambda bar=bar: progress.advance(bar))
+                keep = _keeper(evaluation, results, partial(progress.advance, bar))
                 log = evaluation.out / f"server-{preset}.log"
                 with serve(evaluation.arguments(preset), log) as server:
                     progress.update(bar, description=preset)

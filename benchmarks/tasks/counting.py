@@ -76,7 +76,8 @@ class FrequentWords(Task):
 
 def zeta_counts(total: int) -> list[int]:
     """How often the word of each rank stands in a list of so many: its share is rank^-ALPHA."""
-    counts, left = [], total
+    counts: list[int] = []
+    left = total
     while left:
         share = (len(counts) + 1) ** -ALPHA / float(zeta(ALPHA))
         counts.append(min(left, max(1, int(total * share))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -48,7 +49,9 @@ class CopyingServer:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                # who asked may have been killed meanwhile
+                with suppress(ConnectionError):
+                    self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 """A test's output is its own."""

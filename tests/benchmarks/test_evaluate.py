@@ -161,7 +161,8 @@ def test_what_is_wrong_counts_and_presets_are_paired(
     wrong = [line for line in lines(tmp_path / "out") if line["score"] == 0]
     assert [line["question"]["preset"] for line in wrong] == ["balanced"] * 2
     assert "| needle | 1,024 | 100.0 (44-100) | 33.3 (6-79) |" in report
-    assert "| needle | 1,024 | -66.7 (-100 to +13) |" in report
+    # 3 pairs and 2 more, no gain and a half, two losses and a half: -0.4 +- 1.96 sqrt(3 - 0.8) / 5
+    assert "| needle | 1,024 | -66.7 (-98 to +18) |" in report
     rows = {row["metric"]: float(row["p50"]) for row in saved()}
     assert rows["needle.dense"] == 1
     assert rows["needle.balanced"] == 0.3333
