@@ -1,4 +1,4 @@
-"""``hip-sglang``: serve, demo, bench, config, cache, plan, doctor."""
+"""``hip-sglang``: serve, demo, bench, eval, config, cache, plan, doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from hip_sglang.cache_cli import cache_app
 from hip_sglang.cli_errors import CliError, one_line_errors
 from hip_sglang.config_cli import config_app
+from hip_sglang.eval_cli import evaluate
 from hip_sglang.plan import plan
 from hip_sglang.tune_cli import tune
 
@@ -39,6 +40,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.command()(plan)
 app.command()(tune)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

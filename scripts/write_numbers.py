@@ -41,6 +41,7 @@ def numbers() -> str:
             *offload_section(),
             *prefix_section(),
             *fidelity_section(),
+            *eval_section(),
             *cluster_section(),
             "## The demo",
             demo_words(),
@@ -296,6 +297,33 @@ def fidelity_section() -> list[str]:
             ),
         ]
     return parts
+
+
+def eval_section() -> list[str]:
+    if not (found := runs("eval")):
+        return []
+
+    def score(metrics: dict[str, dict[str, str]], name: str) -> str:
+        mean, low, high = (100 * float(metrics[name + of]["p50"]) for of in ("", ".low", ".high"))
+        return f"{mean:.1f} ({low:.0f}-{high:.0f})"
+
+    rows = []
+    for config, row, metrics in found:
+        names = [name.split(".") for name in metrics if name.count(".") == 1]
+        model = " ".join(
+            [config["model"], *([f"`{json.dumps(config['hip'])}`"] * bool(config["hip"]))]
+        )
+        for task in dict.fromkeys(task for task, _ in names):
+            presets = [preset for of, preset in names if of == task]
+            scores = ", ".join(f"{p} {score(metrics, f'{task}.{p}')}" for p in presets)
+            samples = str(config["samples"])
+            rows.append([f"{config['length']:,}", model, task, samples, scores, where(row)])
+    return [
+        "## Tasks of long contexts",
+        "`hip-sglang eval`: what a model gets right behind the real server, % (95% interval); "
+        "under every preset the same samples.",
+        table(["tokens", "model", "task", "samples", "right", "where"], rows),
+    ]
 
 
 def cluster_section() -> list[str]:

@@ -157,7 +157,10 @@ def test_the_wheel_holds_every_module(wheel_names):
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*.py")
-    } | {f"hip_sglang/_benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    } | {
+        f"hip_sglang/_benchmarks/{path.relative_to(ROOT / 'benchmarks').as_posix()}"
+        for path in (ROOT / "benchmarks").rglob("*.py")
+    }
     assert expected - wheel_names == set()
     assert not [name for name in wheel_names if "/results/" in name]
 

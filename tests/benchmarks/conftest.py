@@ -41,7 +41,7 @@ def written_once(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def copy(directory: Path) -> None:
         shutil.copytree(model_directory, directory, dirs_exist_ok=True)
 
-    for name in ("serve", "retrieval"):
+    for name in ("serve", "retrieval", "evaluate.run"):
         monkeypatch.setattr(load_bench(name), "write_model", copy)
 
 

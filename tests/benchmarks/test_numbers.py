@@ -37,6 +37,7 @@ def save(bench: str, config: dict[str, Any], **samples: list[float]) -> None:
 
 def test_without_rows_there_is_no_section(write: ModuleType) -> None:
     assert write.serve_section() == write.fidelity_section() == write.gpu_section() == []
+    assert write.eval_section() == []
 
 
 def test_rows_of_a_gpu_are_shown_when_there_are_any(write: ModuleType, tmp_path: Path) -> None:
@@ -84,6 +85,19 @@ def test_the_newest_run_of_the_server_is_shown(write: ModuleType) -> None:
     assert first.startswith(start)
     assert "9.0x" not in table
     assert "| 3.0 s, 50.0 tokens/s at 8,192 |" in second
+
+
+def test_scores_of_tasks_are_shown_with_their_intervals(write: ModuleType) -> None:
+    shape = {"model": "llama", "length": 16384, "samples": 50, "seed": 0, "hip": {"budget": 4096}}
+    for dense in (0.5, 0.98):
+        save("eval", shape, needle__dense=[dense], needle__dense__low=[0.895],
+             needle__dense__high=[0.996], needle__paper=[0.5], needle__paper__low=[0.366],
+             needle__paper__high=[0.634])  # fmt: skip
+    (row,) = write.eval_section()[-1].splitlines()[2:]
+    assert row.startswith(
+        '| 16,384 | llama `{"budget": 4096}` | needle | 50 | '
+        "dense 98.0 (90-100), paper 50.0 (37-63) | "
+    )
 
 
 def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:

@@ -1,0 +1,125 @@
+"""Needles: one line of the text says what is asked, and the prompt ends as that line begins.
+
+All of these ask a model no more than to find the place where the same words stand, and to copy
+what follows. What tells that place from others is among the last seven tokens, so the built-in
+model can do it.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from functools import partial
+
+from hip_sglang.demo.vocabulary import Tokenizer
+
+from .prompt import Prompt
+from .sample import Sample, Task
+from .words import Draw, distinct, identifier, number, placed, sentences, word
+
+# long enough that no word of the noise is one
+_KEY_SYLLABLES = 4
+VALUES = 4
+
+
+class SingleNeedle(Task):
+    """One line that tells a number, among noise."""
+
+    name = "needle"
+
+    def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
+        draw = Draw(self.name, seed, index)
+        chance = draw.chance("needle")
+        key, value = word(chance, _KEY_SYLLABLES), number(chance)
+        stem = f"The number of {key} is"
+        needle = f"{stem} {value}."
+
+        def haystack(units: int) -> list[str]:
+            return placed(sentences(draw.chance("noise"), units), [(draw.depth, needle)])
+
+        opening = "Somewhere in this text a number is told. Remember it."
+        ending = f"Which number was told of {key}?\n{stem}"
+        prompt = Prompt(self.name, opening, haystack, ending)
+        return prompt.sample(tokenizer, length, (value,), (needle,))
+
+
+class _MultiKey(Task):
+    """The text is nothing but lines that tell something, each of another key."""
+
+    @abstractmethod
+    def key(self, chance: random.Random) -> str: ...
+
+    @abstractmethod
+    def value(self, chance: random.Random) -> str: ...
+
+    def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
+        draw = Draw(self.name, seed, index)
+
+        def lines(count: int) -> list[str]:
+            keys = distinct(partial(self.key, draw.chance("keys")), count)
+            values = distinct(partial(self.value, draw.chance("values")), count)
+            return [f"The code of {k} is {v}." for k, v in zip(keys, values, strict=True)]
+
+        def haystack(units: int) -> list[str]:
+            needle, *others = lines(1 + units)
+            return placed(others, [(draw.depth, needle)])
+
+        (needle,) = lines(1)
+        key, value = self.key(draw.chance("keys")), self.value(draw.chance("values"))
+        opening = "Every line of this text tells a code. Remember all of them."
+        ending = f"Which code was told of {key}?\nThe code of {key} is"
+        prompt = Prompt(self.name, opening, haystack, ending)
+        return prompt.sample(tokenizer, length, (value,), (needle,))
+
+
+class MultiKeyWords(_MultiKey):
+    """A text that is nothing but needles; keys are words, values numbers."""
+
+    name = "multikey2"
+
+    def key(self, chance: random.Random) -> str:
+        return word(chance, _KEY_SYLLABLES)
+
+    def value(self, chance: random.Random) -> str:
+        return number(chance)
+
+
+class MultiKeyIds(_MultiKey):
+    """A text that is nothing but needles; keys and values are ids of 36 characters."""
+
+    name = "multikey3"
+
+    def key(self, chance: random.Random) -> str:
+        return identifier(chance)
+
+    def value(self, chance: random.Random) -> str:
+        return identifier(chance)
+
+
+class MultiValue(Task):
+    """Four numbers of one key, one for each of four days, among noise.
+
+    A completion has one place to continue from, so a sample asks for one of them, and the samples
+    of a seed for each in turn; the other three are there to be mistaken for it.
+    """
+
+    name = "multivalue"
+
+    def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
+        draw = Draw(self.name, seed, index)
+        chance = draw.chance("needles")
+        key = word(chance, _KEY_SYLLABLES)
+        values = distinct(partial(number, chance), VALUES)
+        stems = [f"The number of {key} on day {day + 1} is" for day in range(VALUES)]
+        needles = [f"{stem} {value}." for stem, value in zip(stems, values, strict=True)]
+        asked = index % VALUES
+        depths = [(draw.depth + (day - asked) / VALUES) % 1 for day in range(VALUES)]
+
+        def haystack(units: int) -> list[str]:
+            noise = sentences(draw.chance("noise"), units)
+            return placed(noise, list(zip(depths, needles, strict=True)))
+
+        opening = f"This text tells the numbers of {VALUES} days. Remember all of them."
+        ending = f"Which number was told of {key} on day {asked + 1}?\n{stems[asked]}"
+        prompt = Prompt(self.name, opening, haystack, ending)
+        return prompt.sample(tokenizer, length, (values[asked],), (needles[asked],))
