@@ -100,11 +100,10 @@ def run_tune(teacher: Teacher, ids: list[int], settings: Settings, trials: int, 
     draw(out / PICTURE, tried, long, tuned, presets)
     console.print(_table(tuned, presets))
     for preset in presets:
-        better = [n for n, trial in enumerate(tuned, 1) if _dominates(trial.values, preset.values)]
-        said = (
-            f"configuration {better[0]} is better in both" if better else "none is better in both"
-        )
-        console.print(f"{preset.genes['preset']}: {said} is better in both")
+        found = (n for n, trial in enumerate(tuned, 1) if _dominates(trial.values, preset.values))
+        better = next(found, None)
+        name = "no configuration" if better is None else f"config-{better}.json"
+        console.print(f"than {preset.genes['preset']}, {name} is better in both")
     console.print(f"wrote {out / REPORT} and {out / PICTURE}", soft_wrap=True)
     return 0
 

@@ -50,7 +50,9 @@ def test_it_writes_configurations_that_a_server_takes(
     assert shares == sorted(shares)
     assert [one["preset"] for one in report["presets"]] == ["balanced", "paper"]
     assert (tmp_path / tuning.PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert "paper: " in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    # whatever is not dense comes nearer than the published search, and reads less
+    assert "than paper, config-" in said
 
 
 def test_a_search_that_was_ended_goes_on(
