@@ -25,7 +25,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check helm-tools helm-test helm-e2e chart bench numbers lock clean
+.PHONY: help setup demo demo-cluster chaos check test soak lint type kernels-check helm-tools helm-test helm-e2e chart bench numbers numbers-check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,7 +79,10 @@ bench: setup ## attention on this machine against dense, quickly
 	$(BIN)/hip-sglang bench attention --context 32768 --json
 
 numbers: setup ## rewrite docs/numbers.md and the README's table from benchmarks/results/
-	$(BIN)/python scripts/write_numbers.py
+	$(BIN)/python -m benchmarks report
+
+numbers-check: setup ## whether they are what the rows say
+	$(BIN)/python -m benchmarks report --check
 
 lock: setup ## rewrite requirements/lock.txt from a working .venv
 	scripts/lock.sh

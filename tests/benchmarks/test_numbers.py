@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +16,9 @@ MODEL = {"part": "model", "context": 32768, "quote_tokens": 16, "quotes": 50, "n
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """scripts/write_numbers.py on a folder of results that only this test has."""
-    path = Path(__file__).resolve().parents[2] / "scripts" / "write_numbers.py"
-    spec = importlib.util.spec_from_file_location("write_numbers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for each in (module, load_bench("rows")):
-        monkeypatch.setattr(each, "RESULTS", tmp_path)
-    return module
+    """The tables of a folder of results that only this test has."""
+    monkeypatch.setattr(load_bench("rows"), "RESULTS", tmp_path)
+    return load_bench("numbers")
 
 
 def save(bench: str, config: dict[str, Any], **samples: list[float]) -> None:

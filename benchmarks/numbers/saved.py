@@ -1,0 +1,51 @@
+"""Rows that benchmarks saved, and how a table shows them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import rows
+
+# a run: its configuration, where it comes from, and its rows by metric
+Run = tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]
+
+
+def file_of(name: str) -> Path:
+    """One of the results."""
+    return rows.RESULTS / name
+
+
+def runs(bench: str) -> list[Run]:
+    """The newest run of each configuration on each machine; none where there are no rows yet."""
+    path = file_of(f"{bench}.csv")
+    if not path.exists():
+        return []
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["machine"] + row["config"]
+            if row["metric"] in found.get(key, {}):
+                found[key] = {}  # a newer run of the same
+            found.setdefault(key, {})[row["metric"]] = row
+    return [
+        (json.loads(row["config"]), row, metrics)
+        for metrics in found.values()
+        for row in [next(iter(metrics.values()))]
+    ]
+
+
+def where(row: dict[str, str]) -> str:
+    return f"{row['machine']}, {row['cores']} cores; {row['date']}, {row['git_sha']}"
+
+
+def ratio(row: dict[str, str]) -> str:
+    low, middle, high = (float(row[p]) for p in ("p20", "p50", "p80"))
+    return f"**{middle:.1f}x** ({low:.1f}-{high:.1f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
