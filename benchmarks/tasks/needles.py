@@ -2,7 +2,8 @@
 
 All of these ask a model no more than to find the place where the same words stand, and to copy
 what follows. What tells that place from others is among the last seven tokens, so the built-in
-model can do it.
+model can do it. A question does not name the key: six of seven tokens would stand there, too, and
+that near, the built-in model takes them for the needle.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SingleNeedle(Task):
             return placed(sentences(draw.chance("noise"), units), [(draw.depth, needle)])
 
         opening = "Somewhere in this text a number is told. Remember it."
-        ending = f"Which number was told of {key}?\n{stem}"
+        ending = f"Say the number again.\n{stem}"
         prompt = Prompt(self.name, opening, haystack, ending)
         return prompt.sample(tokenizer, length, (value,), (needle,))
 
@@ -67,7 +68,7 @@ class _MultiKey(Task):
         (needle,) = lines(1)
         key, value = self.key(draw.chance("keys")), self.value(draw.chance("values"))
         opening = "Every line of this text tells a code. Remember all of them."
-        ending = f"Which code was told of {key}?\nThe code of {key} is"
+        ending = f"Say one of the codes again.\nThe code of {key} is"
         prompt = Prompt(self.name, opening, haystack, ending)
         return prompt.sample(tokenizer, length, (value,), (needle,))
 
@@ -120,6 +121,6 @@ class MultiValue(Task):
             return placed(noise, list(zip(depths, needles, strict=True)))
 
         opening = f"This text tells the numbers of {VALUES} days. Remember all of them."
-        ending = f"Which number was told of {key} on day {asked + 1}?\n{stems[asked]}"
+        ending = f"Say one of the numbers again.\n{stems[asked]}"
         prompt = Prompt(self.name, opening, haystack, ending)
         return prompt.sample(tokenizer, length, (values[asked],), (needles[asked],))
