@@ -2,7 +2,8 @@
 
 All of these ask a model no more than to find the place where the same words stand, and to copy
 what follows. What tells that place from others is among the last seven tokens, so the built-in
-model can do it.
+model can do it. A question does not name the key: six of seven tokens would stand there, too, and
+that near, the built-in model takes them for the needle.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .prompt import Prompt
 from .sample import Sample, Task
 from .words import Draw, distinct, identifier, number, placed, sentences, word
 
-# long enough that no word of the noise is one
-_KEY_SYLLABLES = 4
+# longer than the words of the noise
+_KEY_SYLLABLES, _PLACE_SYLLABLES = 4, 3
 VALUES = 4
 
 
@@ -38,7 +39,7 @@ class SingleNeedle(Task):
             return placed(sentences(draw.chance("noise"), units), [(draw.depth, needle)])
 
         opening = "Somewhere in this text a number is told. Remember it."
-        ending = f"Which number was told of {key}?\n{stem}"
+        ending = f"Say the number again.\n{stem}"
         prompt = Prompt(self.name, opening, haystack, ending)
         return prompt.sample(tokenizer, length, (value,), (needle,))
 
@@ -67,7 +68,7 @@ class _MultiKey(Task):
         (needle,) = lines(1)
         key, value = self.key(draw.chance("keys")), self.value(draw.chance("values"))
         opening = "Every line of this text tells a code. Remember all of them."
-        ending = f"Which code was told of {key}?\nThe code of {key} is"
+        ending = f"Say one of the codes again.\nThe code of {key} is"
         prompt = Prompt(self.name, opening, haystack, ending)
         return prompt.sample(tokenizer, length, (value,), (needle,))
 
@@ -97,10 +98,10 @@ class MultiKeyIds(_MultiKey):
 
 
 class MultiValue(Task):
-    """Four numbers of one key, one for each of four days, among noise.
+    """Four numbers of one key, one in each of four places, among noise.
 
-    A completion has one place to continue from, so a sample asks for one of them, and the samples
-    of a seed for each in turn; the other three are there to be mistaken for it.
+    A completion has one place to continue from, so a sample asks for one of them; the other three
+    are there to be mistaken for it.
     """
 
     name = "multivalue"
@@ -110,16 +111,17 @@ class MultiValue(Task):
         chance = draw.chance("needles")
         key = word(chance, _KEY_SYLLABLES)
         values = distinct(partial(number, chance), VALUES)
-        stems = [f"The number of {key} on day {day + 1} is" for day in range(VALUES)]
+        # a word each: as digits, places would differ in a single token
+        places = distinct(partial(word, chance, _PLACE_SYLLABLES), VALUES)
+        stems = [f"The number of {key} in {place} is" for place in places]
         needles = [f"{stem} {value}." for stem, value in zip(stems, values, strict=True)]
-        asked = index % VALUES
-        depths = [(draw.depth + (day - asked) / VALUES) % 1 for day in range(VALUES)]
+        depths = [(draw.depth + place / VALUES) % 1 for place in range(VALUES)]
 
         def haystack(units: int) -> list[str]:
             noise = sentences(draw.chance("noise"), units)
             return placed(noise, list(zip(depths, needles, strict=True)))
 
-        opening = f"This text tells the numbers of {VALUES} days. Remember all of them."
-        ending = f"Which number was told of {key} on day {asked + 1}?\n{stems[asked]}"
+        opening = f"This text tells numbers in {VALUES} places. Remember all of them."
+        ending = f"Say one of the numbers again.\n{stems[0]}"
         prompt = Prompt(self.name, opening, haystack, ending)
-        return prompt.sample(tokenizer, length, (values[asked],), (needles[asked],))
+        return prompt.sample(tokenizer, length, (values[0],), (needles[0],))
