@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional
 
 from hip_sglang.bench import load_bench
+from hip_sglang.demo.architecture import GROUP
 from hip_sglang.demo.corpus import library_text
+from hip_sglang.demo.exact import ExactDocument, ExactModel
 from tests.benchmarks.copying_server import continued
 
 TASKS = load_bench("tasks")
@@ -74,6 +78,28 @@ def test_a_reader_that_copies_by_seven_tokens_is_always_right(
         made = task.sample(tokenizer, 3000, 5, index)
         said = tokenizer.decode(continued(list(made.ids), made.new_tokens))
         assert task.score(made, said) == 1, made.text[-300:]
+
+
+@pytest.mark.parametrize("name", ["needle", "multikey2", "multikey3", "multivalue"])
+def test_the_built_in_model_is_right_with_exact_attention(
+    tokenizer: Tokenizer, model_directory: Path, name: str
+) -> None:
+    """It compares seven tokens less exactly than a reader, and looks at what stands around them."""
+    model = ExactModel(model_directory)
+    for index in range(6):
+        made = sample(tokenizer, name, index)
+        expected = tuple(tokenizer.encode(f" {made.answers[0]}").ids)
+        document = ExactDocument.of(model, list(made.ids[:-16]))
+        steps = document.teacher_forced(made.ids[-16:], expected)
+        seen = torch.arange(steps.keys.shape[1]) < steps.visible[:, None]
+        attended = functional.scaled_dot_product_attention(
+            steps.queries.transpose(0, 1)[None],
+            steps.keys.repeat_interleave(GROUP, 0)[None],
+            steps.values.repeat_interleave(GROUP, 0)[None],
+            seen,
+        )
+        logits = model.logits(steps.residual, attended[0].transpose(0, 1))
+        assert torch.equal(logits.argmax(-1), steps.expected), made.text[-200:]
 
 
 @pytest.mark.parametrize("name", LEARNT)
