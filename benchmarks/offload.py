@@ -89,8 +89,8 @@ def decode_traffic(server: Contestant, prompts: Prompts) -> dict[str, float]:
     }
 
 
-def counters(url: str) -> dict[str, float]:
-    prefix = "hip_sglang_offload_"
+def counters(url: str, prefix: str = "hip_sglang_offload_") -> dict[str, float]:
+    """What a server's metrics say whose names begin so; without that beginning."""
     lines = httpx.get(f"{url}/metrics", timeout=60).raise_for_status().text.splitlines()
     found = (line.rpartition(" ") for line in lines if line.startswith(prefix))
     return {name.removeprefix(prefix): float(value) for name, _, value in found}

@@ -37,6 +37,8 @@ from .rows import percentiles, save
 from .serve import CHUNK, HIP, SPARE, TUNING, workspace
 
 SHARE = 8  # the device holds one in so many tokens
+# seconds that one thread was busy with it, of this server's life
+WRITING = 'hip_sglang_disk_seconds_total{kind="written"}'
 PREFIXES = 10_000  # in the tree whose operations are timed
 
 
@@ -76,6 +78,7 @@ def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dic
             known = ask_alone(kept, ids, 1, namespace)
             fetched = counters(kept)["fetched_bytes_total"] - before
             step = ask_alone(kept, ids, new, namespace).step_s
+            writing = counters(kept, WRITING)[""]
             stack.close()
             kept = stack.enter_context(started("kept"))
             again = ask_alone(kept, ids, 1, namespace)
@@ -88,6 +91,7 @@ def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dic
                 # without the door: 64K tokens are JSON first
                 "ratio.known_pass_vs_step": passed(known) / step,
                 "ratio.restarted_vs_cold": again.ttft_s / cold["kept"].ttft_s,
+                "ratio.writing_vs_cold": writing / cold["kept"].ttft_s,
                 "ratio.reading_vs_without_disk": cold["without"].ttft_s / cold["kept"].ttft_s,
                 "fetched_bytes": fetched,
                 "known.tokens": known.cached_tokens,

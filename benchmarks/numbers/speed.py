@@ -182,6 +182,9 @@ def prefix_section() -> list[str]:
             ratio(metrics["ratio.known_pass_vs_step"]),
             f"{float(metrics['ratio.restarted_vs_cold']['p50']):.1%}",
             ratio(metrics["ratio.reading_vs_without_disk"]),
+            f"{float(metrics['ratio.writing_vs_cold']['p50']):.1%}"
+            if "ratio.writing_vs_cold" in metrics
+            else "-",
             where(row),
         ]
         for config, row, metrics in found
@@ -194,6 +197,7 @@ def prefix_section() -> list[str]:
         "in host memory and on disk; times are until the first token: of a document read cold, of "
         "one that the tree knows, and of one that a server read that ended since. *Its pass* is "
         "the scheduler's alone: before it all tokens pass the door as JSON. The last ratio is "
-        "reading without a disk to reading with one behind it.",
-        table([*head, "writing behind", "where"], rows),
+        "reading without a disk to reading with one behind it; the share, how much of the reading "
+        "one thread writes.",
+        table([*head, "writing behind", "one thread writes", "where"], rows),
     ]
