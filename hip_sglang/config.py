@@ -342,7 +342,7 @@ class HipConfig(BaseModel):
     @property
     def largest_budget(self) -> int:
         """Of any layer, in tokens."""
-        return max(self.budget, *(group.budget or 0 for group in self.per_layer), 0)
+        return max([self.budget, *(group.budget or 0 for group in self.per_layer)])
 
     @property
     def refreshes(self) -> set[int]:

@@ -49,6 +49,7 @@ class _Task:
     headers: list[Header]
     prefix: list[str]  # the keys of all pages up to the last
     fits: bool  # elsewise they are let go
+    on_gpu: bool  # where what fills them may still be under way
 
 
 class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
@@ -117,8 +118,8 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
             # what waits cannot be evicted. the beginning of a prefix is of use without its end
             fits = not self._waiting or self._waiting + len(keys) <= self._most_waiting
             self._waiting += len(keys) * fits
-        task = _Task(pages_of_slots(slots), headers, [*before, *keys], fits)
-        self._tasks.put(task)
+        prefix = [*before, *keys]
+        self._tasks.put(_Task(pages_of_slots(slots), headers, prefix, fits, slots.is_cuda))
         return True
 
     def num_completed_offloads(self) -> int:
@@ -183,6 +184,9 @@ class DiskTier(UnifiedCacheLinker):  # type: ignore[misc]
         while (task := self._tasks.get()) is not None:
             written = 0
             try:
+                if task.on_gpu:
+                    # a chunk of a prompt is offered when its pass is launched
+                    torch.cuda.synchronize()
                 for page, header in zip(task.pages, task.headers, strict=True):
                     if not task.fits or not self._write(page, header):
                         break
