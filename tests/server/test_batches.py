@@ -191,7 +191,7 @@ def come_and_go(server: Server, stop: threading.Event) -> int:
     "size",
     [
         pytest.param(("64",), id="a page", marks=pytest.mark.soak),
-        pytest.param(("704",), id="no divisor"),
+        pytest.param(("704",), id="no divisor", marks=pytest.mark.soak),
         # not all have room at once
         pytest.param(("1024", "--max-total-tokens", "4096"), id="short of memory"),
     ],
