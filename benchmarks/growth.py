@@ -12,7 +12,6 @@ import sys
 import time
 
 import numpy as np
-import torch
 
 from hip_sglang.config import HipConfig
 from hip_sglang.explain import parse_lengths
@@ -61,7 +60,6 @@ def main(argv: list[str]) -> int:
     at_least(1, rounds=args.rounds, kv_heads=args.kv_heads, chunk=args.chunk)
     at_least(16, dim=args.dim)
     settle_environment()
-    torch.set_grad_enabled(False)
     heads = 4 * args.kv_heads, args.kv_heads
     shape = {"heads": f"{heads[0]}/{heads[1]}", "dim": args.dim, "rounds": args.rounds}
     rows: dict[str, tuple[str, list[float]]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Search:
     query: Tensor  # [S, G, D], scaled
     key: Tensor  # [T, D]
     free: Tensor  # [S, T] tokens between sink and window
-    sizes: Sizes
+    budget: int
 
     @property
     def logits(self) -> Tensor:
@@ -48,7 +48,7 @@ class Search:
         tokens = self.free.shape[1]
         usable = pages_of(self.free, size, False).any(-1)
         score = score.masked_fill(~usable, -math.inf)
-        count = min(self.sizes.budget // size, score.shape[1])
+        count = min(self.budget // size, score.shape[1])
         chosen = torch.zeros_like(usable).scatter_(1, score.topk(count).indices, True)
         return (chosen & usable).repeat_interleave(size, 1)[:, :tokens] & self.free
 
@@ -93,8 +93,7 @@ def three_stages(search: Search) -> Tensor:
     logits, kept = search.logits, search.free
     for chunk, keep in ((256, 16), (32, 4), (8, 1)):
         score = representative(logits.masked_fill(~kept, -math.inf), chunk)
-        sizes = Sizes(0, 0, keep * search.sizes.budget)
-        kept = Search(search.query, search.key, kept, sizes).best(score, chunk)
+        kept = replace(search, free=kept, budget=keep * search.budget).best(score, chunk)
     return kept
 
 
@@ -130,7 +129,7 @@ class Kept:
         for head in range(len(key)):
             rows = slice(head * group, (head + 1) * group)
             q = query[:, rows] * query.shape[2] ** -0.5
-            kept = fixed | self.choose(Search(q, key[head], seen & ~fixed, self.sizes))
+            kept = fixed | self.choose(Search(q, key[head], seen & ~fixed, self.sizes.budget))
             logits = (q @ key[head].T).masked_fill(~kept[:, None], -math.inf)
             out[:, rows] = logits.softmax(-1) @ value[head]
         return out

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.model import write_model
@@ -104,7 +102,6 @@ def main(argv: list[str]) -> int:
             directory = folder / "model"
             write_model(directory)
         ids = tokens_of(directory, texts)
-        torch.set_grad_enabled(False)
         samples = run(
             Teacher(directory),
             pieces(ids, args.context, args.documents, args.seed),

@@ -182,9 +182,7 @@ def prefix_section() -> list[str]:
             ratio(metrics["ratio.known_pass_vs_step"]),
             f"{float(metrics['ratio.restarted_vs_cold']['p50']):.1%}",
             ratio(metrics["ratio.reading_vs_without_disk"]),
-            f"{float(metrics['ratio.writing_vs_cold']['p50']):.1%}"
-            if "ratio.writing_vs_cold" in metrics
-            else "-",
+            f"{float(metrics['ratio.writing_vs_cold']['p50']):.1%}",
             where(row),
         ]
         for config, row, metrics in found

@@ -51,11 +51,11 @@ class DecodePlan:
         own = table.gather(1, page[:, None]).squeeze(1)
         # without a cache every step chooses anew, into a row that only this pass has
         token = row = torch.arange(len(rows), device=rows.device)
-        held = torch.zeros_like(row).bool()
+        by_refresh = {config.refresh: torch.zeros_like(row, dtype=torch.int32)}
         if cache is not None:
             row = rows
             held = cache.step(rows, torch.ones_like(row).bool(), length, config.start)
-        by_refresh = {n: reused(held, length, n).int() for n in config.refreshes}
+            by_refresh = {n: reused(held, length, n).int() for n in config.refreshes}
         steps = DecodeSteps(
             token=token,
             position=position,

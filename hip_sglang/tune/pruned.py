@@ -29,13 +29,13 @@ class Pruned:
 
     def prompt(self, layer: int, query: Tensor, stored: LayerKV, first: int) -> Tensor:
         plan = self.plans[layer]
-        return self._together(plan, query, stored, first, plan.sparse_from)
+        return self._as_prompt(plan, query, stored, first, plan.sparse_from)
 
     def steps(self, layer: int, query: Tensor, stored: LayerKV, first: int) -> Tensor:
         plan, out, count = self.plans[layer], _out_of(query, stored), len(query)
         if plan.sparse_decode_from is None:
             self.shares[layer] += [1.0] * count
-            return self._together(plan, query, stored, first, None)
+            return self._as_prompt(plan, query, stored, first, None)
         lengths = torch.arange(first + 1, first + count + 1)
         chooses = _choosing(plan, plan.sparse_decode_from, lengths)
         blocks = plan_blocks(
@@ -46,25 +46,28 @@ class Pruned:
             sparse_decode_from=plan.sparse_decode_from,
             reuses=~chooses,
         )
-        # of each step, that of the last one which chose; blocks of those come first
+        # of each step, the last one which chose; the block of those comes first
         source = torch.arange(count).where(chooses, -1).cummax(0).values
-        kept: list[Choice] = [_nothing] * count
         shares = [1.0] * count
+        made: tuple[Tensor, Choice] | None = None  # who chose, in order, and what
         for block in blocks:
-            held = _together([kept[at] for at in source[block.request]]) if block.reuses else None
+            held = None
+            if block.reuses and made is not None:
+                at = torch.searchsorted(made[0], source[block.request])
+                held = Choice(made[1].pages[at], made[1].correction[at])
             found = self._attend(plan, query, stored, block, out, held)
             if found is None:
                 continue
             choice, exact = found
-            for row, at in enumerate(block.request.tolist()):
-                kept[at] = Choice(choice.pages[row : row + 1], choice.correction[row : row + 1])
-                shares[at] = plan.share_read(
+            made = made or (block.request, choice)
+            for row, step in enumerate(block.request.tolist()):
+                shares[step] = plan.share_read(
                     int(block.page[row]), float(exact[row]), chooses=not block.reuses
                 )
         self.shares[layer] += shares
         return out
 
-    def _together(
+    def _as_prompt(
         self, plan: LayerPlan, query: Tensor, stored: LayerKV, first: int, sparse_from: int | None
     ) -> Tensor:
         """As rows of a prompt."""
@@ -109,16 +112,3 @@ def _choosing(plan: LayerPlan, start: int, lengths: Tensor) -> Tensor:
     follows = torch.zeros_like(sparse)
     follows[1:] = sparse[1:] & sparse[:-1]
     return ~follows | (lengths % plan.refresh == 0)
-
-
-_nothing = Choice(torch.empty(0), torch.empty(0))
-
-
-def _together(choices: Sequence[Choice]) -> Choice:
-    """Choices of one row each, which may have found places for fewer pages than others."""
-    most = max(choice.pages.shape[2] for choice in choices)
-    pages = [
-        torch.nn.functional.pad(choice.pages, (0, most - choice.pages.shape[2]), value=-1)
-        for choice in choices
-    ]
-    return Choice(torch.cat(pages), torch.cat([choice.correction for choice in choices]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,23 +59,20 @@ def search(
     *,
     seed: int = 0,
     on_trial: Callable[[], None] = lambda: None,
-    random: bool = False,
 ) -> list[Trial]:
     """So many trials; what the journal holds is not judged again.
 
     All that is random follows from the seed and from what was found before, so the search takes the
-    same way through the journal as it did before, and then goes on. With ``random`` it does not
-    learn from what was found. Raises ValueError where the journal is of another search.
+    same way through the journal as it did before, and then goes on. Raises ValueError where the
+    journal is of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna calls this crossover experimental
         crossover = optuna.samplers.nsgaii.SBXCrossover()
-    sampler: optuna.samplers.BaseSampler = optuna.samplers.NSGAIISampler(
+    sampler = optuna.samplers.NSGAIISampler(
         population_size=POPULATION, crossover=crossover, seed=seed
     )
-    if random:
-        sampler = optuna.samplers.RandomSampler(seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     # options stand in order: a child is between its parents, and not one of both at random
     options, known = space.options(), list(journal.trials)
@@ -105,13 +102,3 @@ def front(trials: Iterable[Trial]) -> list[Trial]:
         if not found or trial.values[0] < found[-1].values[0]:
             found.append(trial)
     return found
-
-
-def hypervolume(values: Sequence[Values], worst: Values) -> float:
-    """The area that these dominate, up to ``worst``."""
-    area, last = 0.0, worst[0]
-    for divergence, share in sorted(values, key=lambda one: one[1]):
-        if divergence < last and share < worst[1]:
-            area += (last - divergence) * (worst[1] - share)
-            last = divergence
-    return area

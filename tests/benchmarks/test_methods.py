@@ -20,10 +20,10 @@ methods = load_bench("methods")
 
 
 def search(key: torch.Tensor, budget: int, query: torch.Tensor | None = None) -> Any:
-    """One step over keys [T, D], with neither sink nor window."""
+    """One step over keys [T, D]."""
     query = torch.eye(key.shape[1])[:1] if query is None else query
     free = torch.ones(1, len(key), dtype=torch.bool)
-    return kept.Search(query[None], key, free, kept.Sizes(0, 0, budget))
+    return kept.Search(query[None], key, free, budget)
 
 
 def test_halving_goes_by_the_first_token_of_each_half() -> None:
