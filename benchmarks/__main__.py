@@ -22,7 +22,7 @@ GPU = "gpu/attention.py"
 
 Plan = list[tuple[str, list[str]]]
 PROFILES: dict[str, Plan] = {
-    # some minutes on two cores
+    # small shapes: whether all of them work
     "quick": [
         ("attention", ["--context", "32768", "--rounds", "5"]),
         ("growth", ["--lengths", "64K,256K", "--prompts", "16K,64K", "--rounds", "5"]),
