@@ -3,10 +3,10 @@
 The built-in model on the real server, its KV in host memory, of which the device holds an eighth.
 One document of Python's library is read cold, asked for again while the tree knows it, and asked
 for again after the server was ended and started anew on the same disk. A second server keeps
-nothing, is not started anew, reads the same, and is asked in turn: what writing behind costs. The document
-ends with a page, so that a known prefix leaves one token to compute. Each round is a namespace of
-its own, in which nothing is known. Then, in this process, what the tree itself takes when it holds
-ten thousand prefixes.
+nothing, is not started anew, reads the same, and is asked in turn: what writing behind costs.
+The document ends with a page, so that a known prefix leaves one token to compute. Each round is a
+namespace of its own, in which nothing is known. Then, in this process, what the tree itself takes
+when it holds ten thousand prefixes.
 """
 
 from __future__ import annotations
