@@ -17,10 +17,9 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import torch
 from hip_kernels.layout import PAGE_SIZE
 
@@ -64,46 +63,42 @@ def run(model: Path, folder: Path, ids: list[int], new: int, rounds: int) -> dic
             yield server.url
 
     found: dict[str, list[float]] = {}
-    with started("without") as without, ExitStack() as stack:
-        kept = stack.enter_context(started("kept"))
-        for number in range(rounds):
-            namespace = f"round {number}"
-            cold = {}
-            order = ["without", "kept"] if number % 2 else ["kept", "without"]
-            for name in order:
-                url = without if name == "without" else kept
-                flush(url)
+    for number in range(rounds):
+        namespace = f"round {number}"
+        cold = {}
+        with started("without") as without, started("kept") as kept:
+            both = [("without", without), ("kept", kept)]
+            for name, url in both if number % 2 else reversed(both):
                 cold[name] = ask_alone(url, ids, 1, namespace)
             before = counters(kept)["fetched_bytes_total"]
             known = ask_alone(kept, ids, 1, namespace)
             fetched = counters(kept)["fetched_bytes_total"] - before
             step = ask_alone(kept, ids, new, namespace).step_s
             writing = counters(kept, WRITING)[""]
-            stack.close()
-            kept = stack.enter_context(started("kept"))
+        with started("kept") as kept:
             again = ask_alone(kept, ids, 1, namespace)
-            for metric, value in {
-                "cold.ttft": cold["kept"].ttft_s,
-                "known.ttft": known.ttft_s,
-                "restarted.ttft": again.ttft_s,
-                "decode.step": step,
-                "ratio.known_vs_step": known.ttft_s / step,
-                # without the door: 64K tokens are JSON first
-                "ratio.known_pass_vs_step": passed(known) / step,
-                "ratio.restarted_vs_cold": again.ttft_s / cold["kept"].ttft_s,
-                "ratio.writing_vs_cold": writing / cold["kept"].ttft_s,
-                "ratio.reading_vs_without_disk": cold["without"].ttft_s / cold["kept"].ttft_s,
-                "fetched_bytes": fetched,
-                "known.tokens": known.cached_tokens,
-                "restarted.tokens": again.cached_tokens,
-            }.items():
-                found.setdefault(metric, []).append(value)
-            print(
-                f"round {number + 1}: first token after {cold['kept'].ttft_s:.2f} s cold, "
-                f"{known.ttft_s:.3f} s known, {again.ttft_s:.3f} s after a restart; a step takes "
-                f"{1000 * step:.1f} ms",
-                flush=True,
-            )
+        for metric, value in {
+            "cold.ttft": cold["kept"].ttft_s,
+            "known.ttft": known.ttft_s,
+            "restarted.ttft": again.ttft_s,
+            "decode.step": step,
+            "ratio.known_vs_step": known.ttft_s / step,
+            # without the door: 64K tokens are JSON first
+            "ratio.known_pass_vs_step": passed(known) / step,
+            "ratio.restarted_vs_cold": again.ttft_s / cold["kept"].ttft_s,
+            "ratio.writing_vs_cold": writing / cold["kept"].ttft_s,
+            "ratio.reading_vs_without_disk": cold["without"].ttft_s / cold["kept"].ttft_s,
+            "fetched_bytes": fetched,
+            "known.tokens": known.cached_tokens,
+            "restarted.tokens": again.cached_tokens,
+        }.items():
+            found.setdefault(metric, []).append(value)
+        print(
+            f"round {number + 1}: first token after {cold['kept'].ttft_s:.2f} s cold, "
+            f"{known.ttft_s:.3f} s known, {again.ttft_s:.3f} s after a restart; a step takes "
+            f"{1000 * step:.1f} ms",
+            flush=True,
+        )
     return found
 
 
@@ -158,11 +153,6 @@ def tree_seconds(prefixes: int = PREFIXES) -> list[float]:
         insert(longer, 3 * PAGE_SIZE)
         taken.append(time.perf_counter() - began)
     return taken
-
-
-def flush(url: str) -> None:
-    # it waits for the request before to end
-    httpx.post(f"{url}/flush_cache?timeout=30", timeout=60).raise_for_status()
 
 
 UNITS = {"ttft": "s", "step": "s", "tokens": "tokens", "fetched_bytes": "B"}

@@ -195,7 +195,7 @@ def prefix_section() -> list[str]:
         "in host memory and on disk; times are until the first token: of a document read cold, of "
         "one that the tree knows, and of one that a server read that ended since. *Its pass* is "
         "the scheduler's alone: before it all tokens pass the door as JSON. The last ratio is "
-        "reading without a disk to reading with one behind it, by a server that was just started, "
-        "as the other was not; the share, how much of the reading one thread writes.",
+        "reading without a disk to reading with one behind it, each by a server that was just "
+        "started; the share, how much of the reading one thread writes.",
         table([*head, "writing behind", "one thread writes", "where"], rows),
     ]
