@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from hip_sglang.journal import Journal
 
 FILE, SETTINGS = "results.jsonl", "settings.json"
 
@@ -43,22 +43,14 @@ _LINE = TypeAdapter(Result)
 class Results:
     """``results.jsonl`` of one folder, and the settings that all of its lines share.
 
-    Each line is on the disk before the next question counts as answered; a last line that was not
-    written to its end is taken off. Raises ValueError where another evaluation writes there, or a
-    line is no result.
+    Raises ValueError where another evaluation writes there, or a line is no result.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._file: BinaryIO = (folder / FILE).open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another evaluation writes to {folder}; wait for it, or give another --out"
-            ) from None
-        self.found = {result.question: result for result in self._repaired()}
+        self._journal = Journal(folder / FILE)
+        self.found = {result.question: result for result in self._read()}
 
     def settle(self, settings: Mapping[str, Any]) -> None:
         """Keep what all questions share; raises ValueError where answers to others are here."""
@@ -74,28 +66,19 @@ class Results:
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def add(self, result: Result) -> None:
-        """Keep one more."""
-        self._file.write(_LINE.dump_json(result) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Keep one more, before the next question counts as answered."""
+        self._journal.add(_LINE.dump_python(result, mode="json"))
         self.found[result.question] = result
 
     def close(self) -> None:
         """Let others write there."""
-        self._file.close()
+        self._journal.close()
 
-    def _repaired(self) -> Iterator[Result]:
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
+    def _read(self) -> Iterator[Result]:
+        for number, known in enumerate(self._journal.known, 1):
             try:
-                yield _LINE.validate_json(line)
+                yield _LINE.validate_python(known)
             except ValidationError:
                 raise ValueError(
-                    f"{self._folder / FILE} line {number} is no result; take it out"
+                    f"{self._journal.path} line {number} is no result; take it out"
                 ) from None
-            whole += len(line)
-        self._file.truncate(whole)
-        self._file.seek(0, os.SEEK_END)

@@ -7,17 +7,17 @@ the parts that count.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
+
+from hip_sglang.journal import Journal, line_of
 
 PART_ANSWERS = 64
 PART_SECONDS = 30.0
@@ -60,19 +60,14 @@ class Files(Answers):
     """Two local files of JSON lines."""
 
     def __init__(self, output: Path, failures: Path) -> None:
-        self._files = {False: _open(output), True: _open(failures)}
-        self._known: set[str] = set()
-        for file in self._files.values():
-            self._known.update(str(answer["id"]) for answer in _repair(file))
+        self._files = {False: Journal(output), True: Journal(failures)}
+        self._known = {str(one["id"]) for file in self._files.values() for one in file.known}
 
     def known(self) -> set[str]:
         return self._known
 
     def add(self, answer: dict[str, Any], *, failed: bool) -> None:
-        file = self._files[failed]
-        file.write(_line(answer))
-        file.flush()
-        os.fsync(file.fileno())
+        self._files[failed].add(answer)
         self._known.add(str(answer["id"]))
 
     def close(self) -> None:
@@ -135,7 +130,7 @@ class Parts(Answers):
                 kind = "failures" if failed else "answers"
                 name = f"{kind}-{len(self._parts):06d}.jsonl"
                 # a part without its line in the manifest is written over by who comes next
-                self._system.pipe_file(self._path(name), b"".join(map(_line, answers)))
+                self._system.pipe_file(self._path(name), b"".join(map(line_of, answers)))
                 self._parts.append({"name": name, "answers": len(answers), "failed": failed})
                 answers.clear()
         text = json.dumps({"parts": self._parts}, indent=1)
@@ -143,32 +138,3 @@ class Parts(Answers):
 
     def _path(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}"
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        file = path.open("a+b")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name a file that can be written") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{path}: another batch writes it; wait for it, or name another") from None
-    return file
-
-
-def _repair(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """What stands in the file; a last line that was not written to its end is taken off."""
-    file.seek(0)
-    whole = 0
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
-        whole += len(line)
-        yield json.loads(line)
-    file.truncate(whole)
-    file.seek(0, os.SEEK_END)
-
-
-def _line(answer: dict[str, Any]) -> bytes:
-    return json.dumps(answer, ensure_ascii=False).encode() + b"\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.table import Table
 from hip_sglang.config import HipConfig
 from hip_sglang.tune.judge import ALWAYS, Judge
 from hip_sglang.tune.picture import draw
-from hip_sglang.tune.search import Journal, Trial, Values, front, search
+from hip_sglang.tune.search import Trial, Trials, Values, front, search
 from hip_sglang.tune.space import Genes, Space
 from hip_sglang.tune.teacher import Teacher
 
@@ -56,9 +57,17 @@ def run_tune(teacher: Teacher, ids: list[int], settings: Settings, trials: int, 
     Writes ``pareto.json``, ``pareto.png``, and each configuration as a file for ``--hip-config``.
     Returns 0. Raises ValueError where the text is too short or ``out`` holds another search.
     """
-    console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    _keep(settings, out / SETTINGS)
+    # nobody else searches there until this is done
+    with closing(Trials(out / TRIALS)) as known:
+        _keep(settings, out / SETTINGS)
+        return _search_and_judge(teacher, ids, settings, trials, out, known)
+
+
+def _search_and_judge(
+    teacher: Teacher, ids: list[int], settings: Settings, trials: int, out: Path, known: Trials
+) -> int:
+    console = Console()
     space = Space.of(HipConfig.load(settings.hip), teacher.layers)
     cut = int(len(ids) * (1 - HELD_OUT))
     seen, unseen = ids[:cut], ids[cut:]
@@ -69,15 +78,15 @@ def run_tune(teacher: Teacher, ids: list[int], settings: Settings, trials: int, 
         ) -> list[Trial]:
             """Each at a length, but those that were before."""
             bar = progress.add_task(what, total=len(some))
-            journal, judge = Journal(out / file), None
-            found = {_name(trial.genes): trial for trial in journal.trials}
-            for genes in some:
-                if _name(genes) not in found:
-                    judge = judge or _judge(teacher, text, length, settings)
-                    trial = Trial(genes, judge(_config(space, genes)))
-                    journal.add(trial)
-                    found[_name(genes)] = trial
-                progress.advance(bar)
+            judge = None
+            with closing(Trials(out / file)) as judged_before:
+                found = {_name(trial.genes): trial for trial in judged_before.known}
+                for genes in some:
+                    if _name(genes) not in found:
+                        judge = judge or _judge(teacher, text, length, settings)
+                        found[_name(genes)] = Trial(genes, judge(_config(space, genes)))
+                        judged_before.add(found[_name(genes)])
+                    progress.advance(bar)
             return [found[_name(genes)] for genes in some]
 
         bar = progress.add_task(f"searching at {settings.short:,} tokens", total=trials)
@@ -86,7 +95,7 @@ def run_tune(teacher: Teacher, ids: list[int], settings: Settings, trials: int, 
             space,
             lambda genes: judge(_config(space, genes)),
             trials,
-            Journal(out / TRIALS),
+            known,
             seed=settings.seed,
             on_trial=lambda: progress.advance(bar),
         )

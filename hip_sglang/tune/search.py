@@ -6,8 +6,6 @@ and its configurations are a population. Two objectives, both to be small.
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import optuna
 
+from hip_sglang.journal import Journal
 from hip_sglang.tune.space import Genes, Space
 
 POPULATION = 16
@@ -29,42 +28,38 @@ class Trial:
     values: Values  # KL divergence from dense in nats, share of the KV that a step reads
 
 
-class Journal:
-    """Trials as they come, a JSON line each; the last may be torn by a kill, and is made again."""
+class Trials:
+    """Trials as they come, in a file that survives a kill. Raises ValueError as ``Journal``."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        whole = path.read_bytes().rpartition(b"\n")[0] + b"\n" if path.exists() else b""
-        lines = whole.decode("utf-8").splitlines()
-        self.trials = [
-            Trial(found["genes"], (found["values"][0], found["values"][1]))
-            for found in map(json.loads, filter(None, lines))
+        self._journal = Journal(path)
+        self.known = [
+            Trial(one["genes"], (one["values"][0], one["values"][1])) for one in self._journal.known
         ]
-        path.write_bytes(whole if self.trials else b"")
 
     def add(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        line = json.dumps({"genes": trial.genes, "values": trial.values})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.known.append(trial)
+        self._journal.add({"genes": trial.genes, "values": trial.values})
+
+    def close(self) -> None:
+        """Let others search there."""
+        self._journal.close()
 
 
 def search(
     space: Space,
     judge: Callable[[Genes], Values],
     trials: int,
-    journal: Journal,
+    found: Trials,
     *,
     seed: int = 0,
     on_trial: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
-    """So many trials; what the journal holds is not judged again.
+    """So many trials; what was found before is not judged again.
 
     All that is random follows from the seed and from what was found before, so the search takes the
-    same way through the journal as it did before, and then goes on. Raises ValueError where the
-    journal is of another search.
+    same way through what was found as it did before, and then goes on. Raises ValueError where the
+    trials are of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -75,7 +70,7 @@ def search(
     )
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     # options stand in order: a child is between its parents, and not one of both at random
-    options, known = space.options(), list(journal.trials)
+    options, known = space.options(), list(found.known)
     for genes in space.uniform():
         study.enqueue_trial({name: options[name].index(of) for name, of in genes.items()})
     for number in range(trials):
@@ -89,10 +84,10 @@ def search(
             values = known[number].values
         else:
             values = judge(genes)
-            journal.add(Trial(genes, values))
+            found.add(Trial(genes, values))
         study.tell(asked, values)
         on_trial()
-    return journal.trials[:trials]
+    return found.known[:trials]
 
 
 def front(trials: Iterable[Trial]) -> list[Trial]:

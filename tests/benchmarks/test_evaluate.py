@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -258,7 +259,8 @@ def test_a_server_that_refuses_is_one_line_and_what_was_answered_is_kept(
     copying.refuses = True
     assert cli.run(["eval", *arguments]) == 2
     error = capsys.readouterr().err
-    assert "the server answers 400 to needle of 1,024 tokens" in error
+    # which of those that are asked at once says so first is chance
+    assert re.search(r"the server answers 400 to \w+ of 1,024 tokens", error)
     assert "server-dense.log. What was answered is kept" in error
     assert error.count("\n") == 1
     assert len(lines(tmp_path / "out")) == 4
@@ -272,7 +274,7 @@ def test_two_evaluations_do_not_share_a_folder(
 ) -> None:
     other = load_bench("evaluate.results").Results(tmp_path / "out")
     assert cli.run(["eval", *arguments]) == 2
-    assert "another evaluation writes to" in capsys.readouterr().err
+    assert "another process writes it" in capsys.readouterr().err
     other.close()
     assert cli.run(["eval", *arguments]) == 0
 

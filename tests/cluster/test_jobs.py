@@ -93,7 +93,7 @@ def test_two_drivers_do_not_write_one_file(server, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert second.returncode == 2
-    assert "another batch writes it" in second.stderr
+    assert "another process writes it" in second.stderr
     assert second.stderr.count("\n") == 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from hip_sglang.config import HipConfig
-from hip_sglang.tune.search import Journal, Trial, Values, front, search
+from hip_sglang.tune.search import Trial, Trials, Values, front, search
 from hip_sglang.tune.space import Genes, Space
 
 # beyond it nothing counts
@@ -77,7 +79,7 @@ def test_a_front_is_what_nothing_is_better_than() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
-    found = search(SPACE, judge, 240, Journal(tmp_path / "trials.jsonl"), seed=seed)
+    found = searched(tmp_path / "trials.jsonl", judge, 240, seed)
     # from the same start
     start, chance = SPACE.uniform(), random.Random(seed)
     drawn = [
@@ -88,8 +90,13 @@ def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
     assert hypervolume([trial.values for trial in found]) > 1.02 * hypervolume(by_chance)
 
 
+def searched(path: Path, judge: Callable[[Genes], Values], count: int, seed: int) -> list[Trial]:
+    with closing(Trials(path)) as trials:
+        return search(SPACE, judge, count, trials, seed=seed)
+
+
 def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    whole = search(SPACE, judge, 80, Journal(tmp_path / "whole.jsonl"), seed=5)
+    whole = searched(tmp_path / "whole.jsonl", judge, 80, seed=5)
     path, judged = tmp_path / "killed.jsonl", []
 
     def counted(genes: Genes) -> Values:
@@ -100,17 +107,23 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            search(SPACE, counted, 80, Journal(path), seed=5)
+            searched(path, counted, 80, seed=5)
         # the line that a kill tore
         with path.open("a") as file:
             file.write('{"genes": {"budg')
-    found = search(SPACE, counted, 80, Journal(path), seed=5)
+    found = searched(path, counted, 80, seed=5)
     assert found == whole
     assert len(judged) == 82
     assert (tmp_path / "whole.jsonl").read_bytes() == path.read_bytes()
 
 
 def test_trials_of_another_search_are_refused(tmp_path: Path) -> None:
-    search(SPACE, judge, 30, Journal(tmp_path / "trials.jsonl"), seed=1)
+    searched(tmp_path / "trials.jsonl", judge, 30, seed=1)
     with pytest.raises(ValueError, match="of another search; give another --out"):
-        search(SPACE, judge, 30, Journal(tmp_path / "trials.jsonl"), seed=2)
+        searched(tmp_path / "trials.jsonl", judge, 30, seed=2)
+
+
+def test_two_searches_do_not_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    with closing(Trials(path)), pytest.raises(ValueError, match="another process writes it"):
+        searched(path, judge, 30, seed=1)
