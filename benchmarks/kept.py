@@ -107,11 +107,32 @@ def representative(logits: Tensor, chunk: int) -> Tensor:
     return half.squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Method:
+    """How tokens are chosen, and what that takes."""
+
+    choose: Callable[[Search], Tensor]
+    # of (tokens, budget): keys that a step reads, or vectors as large
+    looks_at: Callable[[float, float], float]
+
+
+def looks_at_stages(tokens: float, budget: float) -> float:
+    """A key for each half of each halving, of as many tokens as each stage has."""
+    stages = ((256, tokens), (32, 16 * budget), (8, 4 * budget))
+    return sum(min(of, tokens) / chunk * (1 + math.log2(chunk)) for chunk, of in stages)
+
+
 class Kept:
     """``Attention`` of a ``Teacher`` to what a method keeps; prompts are read densely."""
 
-    def __init__(self, choose: Callable[[Search], Tensor], sizes: Sizes) -> None:
-        self.choose, self.sizes = choose, sizes
+    def __init__(self, method: Method, sizes: Sizes) -> None:
+        self.method, self.sizes = method, sizes
+        self._shares: list[float] = []
+
+    @property
+    def share_read(self) -> float:
+        """Of the KV, in bytes, by decode steps so far: mean over layers and steps."""
+        return sum(self._shares) / max(1, len(self._shares))
 
     def prompt(self, layer: int, query: Tensor, stored: LayerKV, first: int) -> Tensor:
         raise NotImplementedError("documents are read densely")
@@ -126,19 +147,23 @@ class Kept:
         fixed = seen & ((at < self.sizes.sink) | (at > own - self.sizes.window))
         out = query.new_empty(count, heads, value.shape[2])
         group = heads // len(key)
+        looked = self.method.looks_at(tokens, self.sizes.budget)
         for head in range(len(key)):
             rows = slice(head * group, (head + 1) * group)
             q = query[:, rows] * query.shape[2] ** -0.5
-            kept = fixed | self.choose(Search(q, key[head], seen & ~fixed, self.sizes.budget))
+            search = Search(q, key[head], seen & ~fixed, self.sizes.budget)
+            kept = fixed | self.method.choose(search)
             logits = (q @ key[head].T).masked_fill(~kept[:, None], -math.inf)
             out[:, rows] = logits.softmax(-1) @ value[head]
+            # keys are half of the KV
+            self._shares.append(min(1.0, (float(kept.sum()) / count + looked / 2) / tokens))
         return out
 
 
-METHODS: dict[str, Callable[[Search], Tensor]] = {
-    "oracle": oracle,
-    "stream": stream,
-    "mean keys": mean_keys,
-    "Quest": quest,
-    "InfiniteHiP": three_stages,
+METHODS: dict[str, Method] = {
+    "oracle": Method(oracle, lambda tokens, budget: tokens),
+    "stream": Method(stream, lambda tokens, budget: 0),
+    "mean keys": Method(mean_keys, lambda tokens, budget: tokens / PAGE),
+    "Quest": Method(quest, lambda tokens, budget: 2 * tokens / PAGE),
+    "InfiniteHiP": Method(three_stages, looks_at_stages),
 }

@@ -1,92 +1,87 @@
 """Which method is nearest to dense, when all attend exactly to as many tokens?
 
-A model reads documents densely, and is asked their last tokens again, as decode steps, under each
-method: how far its next-token distribution is from dense (KL divergence), and how often its first
-choice is dense's. Sink, window and budget together are a share of the context, the same for all.
+A model reads documents, and is asked their last tokens again, as decode steps, under each method:
+how far its next-token distribution is from dense (KL divergence), how often its first choice is
+dense's, how often it gives the answer where there is one, and what share of the KV it reads. Sink,
+window and budget together are a share of the context, the same for all.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.model import write_model
-from hip_sglang.tune.judge import ALWAYS, plans_of
+from hip_sglang.demo.vocabulary import tokenizer_of
+from hip_sglang.tune.judge import plans_of
 from hip_sglang.tune.run import pieces
 from hip_sglang.tune.start import BUILTIN, tokens_of
-from hip_sglang.tune.teacher import Attention, Teacher, divergence
+from hip_sglang.tune.teacher import Teacher, divergence
 
 from .arguments import Parser, at_least
-from .kept import METHODS, Kept, Sizes
+from .contest import CONTESTS, Asked, Contestant, contestants, sizes_of
+from .evaluate.intervals import of_difference
 from .rows import percentiles, save
 from .serve import workspace
+from .tasks import NAMES, tasks_of
 
-PAGE = 64
 SPREAD = 20  # characters of Python's library for a token that is used, so that pieces lie apart
-OURS: dict[str, dict[str, Any]] = {
-    "HiP as published": {"preset": "paper"},
-    "ours, pruned dropped": {"remainder": "none"},
-    "ours, by means": {"remainder": "mean"},
-    "ours": {},
-    "ours, top_p 0.95": {"top_p": 0.95},
-}
+DENSE = "dense"
+UNITS = {"kl": "nats"}  # all others are shares
 
-
-def sizes_of(context: int, share: float) -> Sizes:
-    """Sink, window and budget, in whole pages, of at most a share of the context.
-
-    The query's own page is one of them. Raises ValueError where there is no page for each.
-    """
-    pages = int(context * share) // PAGE
-    if pages < 4:
-        raise ValueError(
-            f"--share {share:g} of --context {context} is less than four pages of {PAGE}; give more"
-        )
-    window = max(1, pages // 4)
-    # beside the sink, and the page that a query stands in
-    return Sizes(PAGE, window * PAGE, (pages - window - 2) * PAGE)
-
-
-def contestants(sizes: Sizes, teacher: Teacher) -> dict[str, Attention]:
-    """Theirs have the tokens of our own page in their window."""
-    given = {"sink": sizes.sink, "window": sizes.window, "budget": sizes.budget, **ALWAYS}
-    found: dict[str, Attention] = {
-        name: plans_of(HipConfig.load({**given, **more}), teacher) for name, more in OURS.items()
-    }
-    theirs = Sizes(sizes.sink, sizes.window + PAGE, sizes.budget)
-    return found | {name: Kept(choose, theirs) for name, choose in METHODS.items()}
+Samples = dict[str, dict[str, list[float]]]
 
 
 def run(
-    teacher: Teacher, documents: list[list[int]], sizes: Sizes, steps: int
-) -> dict[str, dict[str, list[float]]]:
-    """Samples by method and metric, one a document."""
+    teacher: Teacher, asked: list[Asked], contest: Mapping[str, Contestant], *, own_prefill: bool
+) -> Samples:
+    """Samples by method and metric, one a document.
+
+    Documents are read densely, or by each method as it attends; dense itself is the first method.
+    """
     dense = plans_of(HipConfig(preset="dense"), teacher)
-    found: dict[str, dict[str, list[float]]] = {}
-    for number, ids in enumerate(documents, 1):
-        document, tail = teacher.read(ids[:-steps], dense, steps), ids[-steps:]
-        said = teacher.ask(document, tail, dense)
-        for name, attention in contestants(sizes, teacher).items():
-            other = teacher.ask(document, tail, attention)
-            metrics = found.setdefault(name, {"kl": [], "same": []})
-            metrics["kl"].append(float(divergence(said, other).mean()))
-            metrics["same"].append(float((said.argmax(-1) == other.argmax(-1)).float().mean()))
-        print(f"document {number} of {len(documents)}", file=sys.stderr, flush=True)
+    found: Samples = {}
+    for number, one in enumerate(asked, 1):
+        document = teacher.read(one.ids, dense, len(one.tail))
+        said = teacher.ask(document, one.tail, dense)
+        for name, attention in {DENSE: dense, **contest}.items():
+            if own_prefill:
+                document = teacher.read(one.ids, attention, len(one.tail))
+            other = teacher.ask(document, one.tail, attention)
+            choices = other.argmax(-1)
+            metrics = {
+                "kl": float(divergence(said, other).mean()),
+                "same": float((said.argmax(-1) == choices).float().mean()),
+            }
+            if one.answer is not None:
+                metrics["right"] = float(choices.tolist() == one.answer)
+            for metric, value in metrics.items():
+                found.setdefault(name, {}).setdefault(metric, []).append(value)
+        print(f"document {number} of {len(asked)}", file=sys.stderr, flush=True)
+    for name, attention in contest.items():
+        found[name]["read"] = [attention.share_read]
+    found[DENSE]["read"] = [1.0]
     return found
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("methods", __doc__)
     parser.add_argument("--model", default=BUILTIN, help="a model's directory, or builtin")
+    parser.add_argument("--contest", choices=CONTESTS, default="methods")
     parser.add_argument("--data", type=Path, nargs="+", help="text files; none: Python's library")
+    parser.add_argument("--task", choices=NAMES, help="answers of a task in place of texts' ends")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a document")
     parser.add_argument("--share", type=float, default=1 / 8, help="of it that is attended exactly")
     parser.add_argument("--documents", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=64, help="tokens of each that are asked again")
+    parser.add_argument("--steps", type=int, default=64, help="tokens of a text that are asked")
+    parser.add_argument(
+        "--own-prefill", action="store_true", help="each configuration reads documents itself"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_output()
     args = parser.parse_args(argv)
@@ -94,50 +89,71 @@ def main(argv: list[str]) -> int:
     at_least(2 * args.steps, context=args.context)
     sizes = sizes_of(args.context, args.share)
     texts = [read_text(path) for path in args.data or []]
-    if not texts:
-        texts = [library_text(args.seed)[: SPREAD * args.documents * args.context]]
     with workspace() as folder:
         directory = Path(args.model)
         if args.model == BUILTIN:
             directory = folder / "model"
             write_model(directory)
-        ids = tokens_of(directory, texts)
-        samples = run(
-            Teacher(directory),
-            pieces(ids, args.context, args.documents, args.seed),
-            sizes,
-            args.steps,
-        )
+        tokenizer = tokenizer_of(directory)
+        if args.task is not None:
+            (task,) = tasks_of([args.task], "\n".join(texts) or None)
+            asked = [
+                Asked.of_sample(task.sample(tokenizer, args.context, args.seed, n), tokenizer)
+                for n in range(args.documents)
+            ]
+        else:
+            texts = texts or [library_text(args.seed)[: SPREAD * args.documents * args.context]]
+            ids = tokens_of(tokenizer, texts)
+            asked = [
+                Asked.of_text(piece, args.steps)
+                for piece in pieces(ids, args.context, args.documents, args.seed)
+            ]
+        teacher = Teacher(directory)
+        contest = contestants(args.contest, sizes, teacher, own_prefill=args.own_prefill)
+        samples = run(teacher, asked, contest, own_prefill=args.own_prefill)
     shape = {
-        "model": args.model, "context": args.context, "share": args.share, "steps": args.steps,
-        "documents": args.documents, "seed": args.seed, "sizes": vars(sizes),
+        "model": args.model if args.model == BUILTIN else directory.resolve().name,
+        "contest": args.contest, "task": args.task, "context": args.context, "share": args.share,
+        "steps": None if args.task else args.steps, "documents": args.documents,
+        "own_prefill": args.own_prefill, "seed": args.seed, "sizes": vars(sizes),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0
 
 
-def report(
-    shape: dict[str, Any],
-    samples: dict[str, dict[str, list[float]]],
-    *,
-    as_json: bool,
-    keep: bool,
-) -> None:
+def report(shape: dict[str, Any], samples: Samples, *, as_json: bool, keep: bool) -> None:
     """Print means over documents, and keep the rows."""
-    print(f"{'':24s}{'KL, nats':>12s}{'p20':>10s}{'p80':>10s}{'same token':>12s}")
-    values = {}
-    for name, metrics in samples.items():
-        mean = {metric: sum(of) / len(of) for metric, of in metrics.items()}
-        low, _, high = percentiles(metrics["kl"])
-        print(f"{name:24s}{mean['kl']:12.3g}{low:10.2g}{high:10.2g}{mean['same']:12.1%}")
-        values[name] = {metric: round(value, 6) for metric, value in mean.items()}
+    means = {name: summary(metrics, samples[DENSE]) for name, metrics in samples.items()}
+    print(
+        f"{'':24s}{'KL, nats':>12s}{'p20':>10s}{'p80':>10s}{'same':>8s}{'KV read':>9s}{'right':>8s}"
+    )
+    for name, mean in means.items():
+        low, _, high = percentiles(samples[name]["kl"])
+        right = f"{mean['right']:8.1%}" if "right" in mean else f"{'-':>8s}"
+        print(
+            f"{name:24s}{mean['kl']:12.3g}{low:10.2g}{high:10.2g}{mean['same']:8.1%}"
+            f"{mean['read']:9.1%}{right}"
+        )
     if keep:
-        rows = {
-            f"{name}.{metric}": ("nats" if metric == "kl" else "share", of)
-            for name, metrics in samples.items()
-            for metric, of in metrics.items()
+        rows = {f"{name}.kl": ("nats", metrics["kl"]) for name, metrics in samples.items()}
+        rows |= {
+            f"{name}.{metric}.mean": (UNITS.get(metric, "share"), [value])
+            for name, mean in means.items()
+            for metric, value in mean.items()
         }
-        rows |= {f"{key}.mean": (unit, [sum(of) / len(of)]) for key, (unit, of) in rows.items()}
         print(f"saved to {save('methods', shape, rows).name}", file=sys.stderr)
     if as_json:
+        values = {
+            name: {metric: round(value, 6) for metric, value in mean.items()}
+            for name, mean in means.items()
+        }
         print(json.dumps({"bench": "methods", "config": shape, "values": values}))
+
+
+def summary(metrics: dict[str, list[float]], dense: dict[str, list[float]]) -> dict[str, float]:
+    """Means; of answers also how many more are right than of dense, with its 95% interval."""
+    found = {metric: sum(of) / len(of) for metric, of in metrics.items()}
+    if "right" in metrics:
+        gain = of_difference(dense["right"], metrics["right"])
+        found |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+    return found

@@ -28,11 +28,11 @@ from hip_sglang.config_text import read
 from hip_sglang.demo.corpus import read_text
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.server import serve, unwind_on_signals
+from hip_sglang.demo.vocabulary import tokenizer_of
 from hip_sglang.provenance import accelerator, cores, processor, versions
 
 from ..rows import save
 from ..tasks import Sample, Task, tasks_of
-from ..tasks.tokenizers import tokenizer_of
 from .asking import ask_all
 from .picture import draw
 from .report import Report, document

@@ -1,4 +1,4 @@
-"""The built-in model's tokenizer: a byte-level BPE, trained on Python's own source."""
+"""Tokenizers: of our own models, a byte-level BPE trained on Python's source, and of any other."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
     "save_tokenizer",
+    "tokenizer_of",
     "train_tokenizer",
 ]
 
 
-def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most 4096 tokens; the same texts give the same tokenizer.
+def train_tokenizer(texts: Sequence[str], size: int = VOCABULARY) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most ``size`` tokens; the same texts give the same one.
 
     Trained line by line, so that no token reaches over a line break: a quote that starts at a line
     start then has the same tokens wherever it stands.
@@ -40,7 +41,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=[END_OF_TEXT],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -66,3 +67,27 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory, without importing transformers."""
     return Tokenizer.from_file(str(directory / _FILE_NAME))
+
+
+def tokenizer_of(model: Path) -> Tokenizer:
+    """From ``tokenizer.json``, or what transformers makes of the files that older models have.
+
+    Raises ValueError where there is neither.
+    """
+    if (model / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(model)
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+            tokenizer = tokenizer.backend_tokenizer
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"--model {model}: it has no tokenizer.json, and transformers makes none of what "
+                f"is there ({' '.join(str(error).split())[:120]}); give the directory of a model"
+            ) from None
+    # a file may say that texts are cut or filled to one length
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

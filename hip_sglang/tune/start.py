@@ -9,6 +9,7 @@ from pathlib import Path
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.model import write_model
+from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.explain import parse_lengths
 from hip_sglang.tune.run import PIECES, Settings, run_tune
 from hip_sglang.tune.teacher import Teacher
@@ -54,13 +55,10 @@ def start(
         seed=seed,
         hip=base.model_dump(mode="json", exclude_unset=True),
     )
-    return run_tune(teacher, tokens_of(directory, texts), settings, trials, out)
+    return run_tune(teacher, tokens_of(tokenizer_of(directory), texts), settings, trials, out)
 
 
-def tokens_of(directory: Path, texts: Sequence[str]) -> list[int]:
+def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     """Of all texts, one after the other."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    found = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    return [token for ids in found for token in ids]
+    found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [token for encoding in found for token in encoding.ids]

@@ -16,7 +16,7 @@ from tests.benchmarks.conftest import Rows
 from tests.tiny_llama import write_tiny_llama
 
 kept = load_bench("kept")
-methods = load_bench("methods")
+contest = load_bench("contest")
 
 
 def search(key: torch.Tensor, budget: int, query: torch.Tensor | None = None) -> Any:
@@ -76,20 +76,21 @@ def test_who_keeps_everything_is_dense(teacher: Teacher) -> None:
     document = teacher.read(ids[:-8], dense, 8)
     said = teacher.ask(document, ids[-8:], dense)
     apart = {}
-    for name, choose in kept.METHODS.items():
-        all_of_it = kept.Kept(choose, kept.Sizes(64, 64, 1 << 12))
+    for name, method in kept.METHODS.items():
+        all_of_it = kept.Kept(method, kept.Sizes(64, 64, 1 << 12))
         apart[name] = float(divergence(said, teacher.ask(document, ids[-8:], all_of_it)).max())
+        assert all_of_it.share_read == 1 or name == "stream"
     # it keeps only what it always does
     assert apart.pop("stream") > 1e-4
     assert max(apart.values()) < 1e-6
 
 
 def test_all_have_as_many_tokens() -> None:
-    sizes = methods.sizes_of(4096, 1 / 8)
+    sizes = contest.sizes_of(4096, 1 / 8)
     # and the page that a query stands in
     assert sizes.sink + sizes.window + sizes.budget + 64 == 512
     with pytest.raises(ValueError, match="less than four pages"):
-        methods.sizes_of(1024, 1 / 8)
+        contest.sizes_of(1024, 1 / 8)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,25 @@ def test_ours_is_nearer_to_dense_than_the_published_search(
 ) -> None:
     found = bench("methods", "--documents", "2", "--steps", "32", "--save")["values"]
     assert found["ours"]["kl"] < found["HiP as published"]["kl"] / 5
-    assert {row["metric"] for row in saved()} >= {"ours.kl", "Quest.same.mean"}
+    assert found["dense"] == {"kl": 0, "same": 1, "read": 1}
+    assert 1 / 8 <= found["ours"]["read"] < found["oracle"]["read"]
+    assert {row["metric"] for row in saved()} >= {"ours.kl", "Quest.same.mean", "ours.read.mean"}
+
+
+@pytest.mark.soak
+def test_answers_are_counted_against_dense(bench: Callable[..., dict[str, Any]]) -> None:
+    found = bench("methods", "--task", "needle", "--documents", "4")["values"]
+    assert found["dense"]["right"] == 1
+    assert found["stream"]["right"] < 1
+    assert found["stream"]["gain_low"] <= found["stream"]["gain"] == found["stream"]["right"] - 1
+
+
+@pytest.mark.soak
+def test_prompts_that_each_reads_itself(bench: Callable[..., dict[str, Any]]) -> None:
+    found = bench("methods", "--own-prefill", "--documents", "1", "--steps", "16")["values"]
+    # nobody else's method reads prompts
+    assert set(found) == {"dense", *contest.OURS}
+    assert 0 < found["ours"]["kl"] < found["HiP as published"]["kl"]
 
 
 def test_how_cost_grows_is_a_slope() -> None:

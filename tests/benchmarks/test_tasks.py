@@ -19,6 +19,7 @@ from hip_sglang.bench import load_bench
 from hip_sglang.demo.architecture import GROUP
 from hip_sglang.demo.corpus import library_text
 from hip_sglang.demo.exact import ExactDocument, ExactModel
+from hip_sglang.demo.vocabulary import tokenizer_of
 from tests.benchmarks.copying_server import continued
 
 TASKS = load_bench("tasks")
@@ -29,7 +30,7 @@ LEARNT = ("variables", "common", "frequent")
 
 @pytest.fixture(scope="module")
 def tokenizer(model_directory: Path) -> Tokenizer:
-    return load_bench("tasks.tokenizers").tokenizer_of(model_directory)
+    return tokenizer_of(model_directory)
 
 
 def sample(
@@ -257,7 +258,7 @@ def characters() -> Tokenizer:
 @pytest.mark.parametrize("name", ["needle", "multikey3", "frequent"])
 def test_another_tokenizer_s_first_token_and_sizes_count(tmp_path: Path, name: str) -> None:
     characters().save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_bench("tasks.tokenizers").tokenizer_of(tmp_path)
+    tokenizer = tokenizer_of(tmp_path)
     made = sample(tokenizer, name, length=4001)
     assert made.ids[0] == 0
     # a mark takes two tokens
@@ -265,7 +266,6 @@ def test_another_tokenizer_s_first_token_and_sizes_count(tmp_path: Path, name: s
 
 
 def test_a_model_without_tokenizer_json(tmp_path: Path) -> None:
-    tokenizer_of = load_bench("tasks.tokenizers").tokenizer_of
     with pytest.raises(ValueError, match=r"no tokenizer\.json") as caught:
         tokenizer_of(tmp_path)
     assert "\n" not in str(caught.value)
