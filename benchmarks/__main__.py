@@ -21,6 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 GPU = "gpu/attention.py"
 
 Plan = list[tuple[str, list[str]]]
+# what docs/algorithm.md compares
+REMAINDERS = [
+    "{}",
+    '{"remainder": "none"}',
+    '{"remainder": "mean"}',
+    '{"remainder": "quadratic"}',
+    '{"remainder": "log_cosh"}',
+    '{"remainder": "log_i0"}',
+    '{"sub_page_means": false}',
+    '{"second_look": 0}',
+    '{"second_look": 0, "remainder": "none"}',
+]
+BEAMS = ['{"node_threshold": 1048576}', "{}", *(f'{{"beam": {2**n}}}' for n in (15, 14, 13))]
+LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}']
 PROFILES: dict[str, Plan] = {
     # small shapes: whether all of them work
     "quick": [
@@ -36,9 +50,18 @@ PROFILES: dict[str, Plan] = {
         ("attention", ["--context", "1048576", "--rounds", "5"]),
         ("attention", ["--mode", "prefill", "--context", "131072", "--rounds", "3"]),
         ("growth", []),
-        ("fidelity", ["--model"]),
-        ("methods", ["--context", "4096", "--documents", "20"]),
-        ("methods", ["--context", "16384"]),
+        *(("fidelity", ["--hip-config", config]) for config in REMAINDERS),
+        *(
+            ("fidelity", ["--length", "262144", "--seeds", "5", "--hip-config", config])
+            for config in BEAMS
+        ),
+        (
+            "fidelity",
+            ["--seeds", "0", "--model", *(f"--hip-config={config}" for config in LOOKS)],
+        ),
+        *(("methods", ["--share", share]) for share in ("0.0625", "0.125", "0.25")),
+        ("methods", ["--contest", "ablation"]),
+        ("methods", ["--own-prefill"]),
         ("serve", ["--context", "65536"]),
         ("offload", []),
         ("prefix", []),
@@ -100,14 +123,18 @@ def compare(
 def report(
     check: Annotated[bool, typer.Option("--check", help="Only say what is stale.")] = False,
 ) -> None:
-    """Rewrite docs/numbers.md, and what else shows numbers, from the rows."""
+    """Rewrite docs/numbers.md, and what else shows numbers, from the rows; draw the figures."""
     from .numbers import stale
+    from .numbers.figures import draw_guards, draw_methods
 
     found = stale()
     for path, text in found.items():
         print(f"{path.relative_to(ROOT)} {'is stale; run `make numbers`' if check else 'written'}")
         if not check:
             path.write_text(text, encoding="utf-8")
+    if not check:
+        draw_guards(ROOT / "docs" / "guard.png")
+        draw_methods(ROOT / "docs" / "methods.png")
     raise typer.Exit(1 if check and found else 0)
 
 

@@ -156,6 +156,7 @@ def run_synthetic(
             for who, samples in by_who.items():
                 rows[f"{name}.{who}"] = ("relative L2", samples)
                 rows[f"{name}.{who}.mean"] = ("relative L2", [sum(samples) / seeds])
+                rows[f"{name}.{who}.worst"] = ("relative L2", [max(samples)])
         print(f"saved to {save('fidelity', shape, rows).name}", file=sys.stderr)
     return means
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from .lanes import cluster_section, demo_table, demo_words, soak_table
-from .quality import eval_section, fidelity_section, methods_section
+from .quality import (
+    choice_block,
+    eval_section,
+    fidelity_section,
+    methods_section,
+    synthetic_block,
+)
 from .speed import (
     attention_table,
     attention_words,
@@ -16,18 +24,35 @@ from .speed import (
     serve_section,
 )
 
+# tokens of synthetic contexts: without nodes, and with
+LENGTH, FAR = 32768, 262144
 ROOT = Path(__file__).resolve().parent.parent.parent
-BEGIN, END = "<!-- numbers: written by `make numbers` -->\n", "<!-- end of numbers -->"
+# what stands between is written from the rows
+BLOCK = re.compile(
+    r"(<!-- numbers: (?P<name>\w+), written by `make numbers` -->\n).*?(<!-- end of numbers -->)",
+    re.DOTALL,
+)
+BLOCKS: dict[str, Callable[[], list[str]]] = {
+    "demo": lambda: [demo_words(), demo_table(), attention_words()],
+    "remainder": lambda: synthetic_block(LENGTH),
+    "beam": lambda: synthetic_block(FAR),
+    "choice": choice_block,
+}
+WITH_BLOCKS = ("README.md", "docs/algorithm.md")
 
 
 def stale() -> dict[Path, str]:
     """The files whose numbers are not those of the rows, and what they should be."""
-    readme = ROOT / "README.md"
-    wanted = {
-        ROOT / "docs" / "numbers.md": numbers(),
-        readme: with_table(readme.read_text(encoding="utf-8")),
-    }
+    wanted = {ROOT / "docs" / "numbers.md": numbers()}
+    for name in WITH_BLOCKS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        wanted[ROOT / name] = BLOCK.sub(_written, text)
     return {path: text for path, text in wanted.items() if path.read_text(encoding="utf-8") != text}
+
+
+def _written(block: re.Match[str]) -> str:
+    parts = BLOCKS[block["name"]]()
+    return "\n\n".join([block[1], *parts, block[3]]).replace("\n\n\n", "\n\n")
 
 
 def numbers() -> str:
@@ -59,12 +84,3 @@ def numbers() -> str:
             soak_table(),
         ]
     ) + ("\n")
-
-
-def with_table(readme: str) -> str:
-    """The README with its table as the results have it."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return (
-        f"{before}{BEGIN}\n{demo_words()}\n\n{demo_table()}\n\n{attention_words()}\n\n{END}{after}"
-    )

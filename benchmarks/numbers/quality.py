@@ -3,73 +3,123 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from .saved import runs, table, where
 
 
 def fidelity_section() -> list[str]:
-    found = runs("fidelity")
-    contexts = [run for run in found if run[0]["part"] == "synthetic"]
-    answers = [run for run in found if run[0]["part"] == "model"]
-    parts = ["## Fidelity"] if found else []
-    for config, row, metrics in contexts:
-        means = {}
-        for name, of in metrics.items():
-            if name.endswith(".mean"):
-                generator, who, _ = name.split(".")
-                means.setdefault(generator, {})[who] = f"{float(of['p50']):.3f}"
-        head = list(next(iter(means.values())))
-        parts += [
-            f"`hip-sglang bench fidelity`: relative L2 error of a decode step against dense, "
-            f"synthetic contexts (`benchmarks/synthetic.py`) of {config['length']:,} tokens, mean "
-            f"of {config['seeds']} seeds, ours `{config['hip']}`. *Paper* is HiP's search as "
-            "published, *oracle* the truly best tokens, each with as much to attend exactly as "
-            f"ours, the rest dropped; *stream* is sink and window alone. {where(row)}.",
-            table(["context", *head], [[name, *of.values()] for name, of in means.items()]),
-        ]
-    if answers:
-        rows = []
-        for config, row, metrics in answers:
+    lengths = {
+        config["length"] for config, _, _ in runs("fidelity") if config["part"] == "synthetic"
+    }
+    parts = [part for length in sorted(lengths) for part in synthetic_block(length)]
+    return ["## Fidelity", *parts, *choice_block()] if runs("fidelity") else []
+
+
+def synthetic_block(length: int) -> list[str]:
+    """Errors on synthetic contexts of one length: a row for each configuration that was tried."""
+    found = [run for run in runs("fidelity") if run[0].get("length") == length]
+    if not found:
+        return []
+    rows = []
+    for number, (config, _, metrics) in enumerate(found):
+        # what does not depend on the configuration is shown once
+        others = ("oracle", "paper", "stream") if number == 0 else ()
+        for who in (*others, "ours"):
+            cells = [
+                f"{float(metrics[f'{context}.{who}.mean']['p50']):.3f}"
+                f" ({float(metrics[f'{context}.{who}.worst']['p50']):.2f})"
+                for context in contexts_of(metrics)
+            ]
+            rows.append([f"`{config['hip']}`" if who == "ours" else who, *cells])
+    config, row, metrics = found[0]
+    return [
+        f"`hip-sglang bench fidelity`: relative L2 error of a decode step against dense, mean of "
+        f"{config['seeds']} seeds and the worst; synthetic contexts (`benchmarks/synthetic.py`) of "
+        f"{length:,} tokens. *Oracle* are the truly best tokens, *paper* is HiP's search as "
+        f"published, each with as much to attend exactly, the rest dropped; *stream* is sink and "
+        f"window alone. {where(row)}.",
+        table(["chosen by", *contexts_of(metrics)], rows),
+    ]
+
+
+def contexts_of(metrics: dict[str, dict[str, str]]) -> list[str]:
+    return [name.removesuffix(".ours.mean") for name in metrics if name.endswith(".ours.mean")]
+
+
+def choice_block() -> list[str]:
+    """Right next tokens of the built-in model."""
+    rows = []
+    for config, row, metrics in runs("fidelity"):
+        if config["part"] == "model":
             right, dense = (int(float(metrics[m]["p50"])) for m in ("right", "right.keep_all"))
             task = f"{config['context']:,}, {config['quotes']} quotes of {config['quote_tokens']}"
             steps = config["quotes"] * config["new"]
             counts = [f"{right} of {steps}", f"{dense} of {steps}", f"{right / dense:.3f}"]
             rows.append([task, f"`{config['hip']}`", *counts, where(row)])
-        parts += [
-            "`--model`: right next tokens of the built-in model, the right past given; decode "
-            "steps of the layer that finds the quote, on keys that were read densely.",
-            table(
-                ["context, quotes", "configuration", "right", "keep-all", "share", "where"], rows
-            ),
-        ]
-    return parts
+    if not rows:
+        return []
+    return [
+        "`hip-sglang bench fidelity --model`: right next tokens of the built-in model, the right "
+        "past given; decode steps of the layer that finds the quote, on keys that were read "
+        "densely.",
+        table(["context, quotes", "configuration", "right", "keep-all", "share", "where"], rows),
+    ]
 
 
 def methods_section() -> list[str]:
     parts = []
     for config, row, metrics in runs("methods"):
-        names = [name.removesuffix(".kl") for name in metrics if name.endswith(".kl")]
-        rows = [
-            [
-                name,
-                f"{float(metrics[f'{name}.kl.mean']['p50']):.2g}",
-                f"{float(metrics[f'{name}.kl']['p20']):.2g}-"
-                f"{float(metrics[f'{name}.kl']['p80']):.2g}",
-                f"{float(metrics[f'{name}.same.mean']['p50']):.1%}",
-            ]
-            for name in names
-        ]
         parts += [
-            f"{config['model']}: {config['documents']} documents of {config['context']:,} tokens, "
-            f"the last {config['steps']} of each asked again, {config['share']:.1%} of the context "
-            f"attended exactly by all. {where(row)}.",
-            table(["method", "KL from dense, nats", "p20-p80", "same first token"], rows),
+            f"{methods_words(config)} {where(row)}.",
+            methods_table(config, metrics),
         ]
     about = (
         "`hip-sglang bench methods`: how far the next token's distribution is from dense, when "
-        "sink, window and budget are as large for all; documents are read densely."
+        "sink, window and budget are as large for all; *read* is the share of the KV, in bytes, "
+        "that a step reads."
     )
     return ["## Methods", about, *parts] if parts else []
+
+
+def methods_words(config: dict[str, Any]) -> str:
+    if config["task"]:
+        asked = f"{config['documents']} questions of the task {config['task']}"
+    else:
+        asked = f"{config['documents']} documents, the last {config['steps']} tokens of each asked"
+    read = "by each configuration itself" if config["own_prefill"] else "densely"
+    return (
+        f"{config['model']}: {asked}; {config['context']:,} tokens, read {read}, "
+        f"{config['share']:.1%} attended exactly by all."
+    )
+
+
+def methods_table(config: dict[str, Any], metrics: dict[str, dict[str, str]]) -> str:
+    def value(name: str) -> float:
+        return float(metrics[name]["p50"])
+
+    rows = []
+    for name in (name.removesuffix(".kl") for name in metrics if name.endswith(".kl")):
+        kl = metrics[f"{name}.kl"]
+        row = [
+            name,
+            f"{value(f'{name}.read.mean'):.1%}",
+            f"{value(f'{name}.kl.mean'):.2g}",
+            f"{float(kl['p20']):.2g}-{float(kl['p80']):.2g}",
+            f"{value(f'{name}.same.mean'):.1%}",
+        ]
+        if config["task"]:
+            gain, low, high = (
+                100 * value(f"{name}.{of}.mean") for of in ("gain", "gain_low", "gain_high")
+            )
+            row += [
+                f"{value(f'{name}.right.mean'):.1%}",
+                f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
+            ]
+        rows.append(row)
+    head = ["method", "read", "KL from dense, nats", "p20-p80", "same first token"]
+    head += ["right", "points over dense (95%)"] if config["task"] else []
+    return table(head, rows)
 
 
 def eval_section() -> list[str]:

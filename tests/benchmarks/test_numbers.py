@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from hip_sglang.bench import load_bench
 
+ROOT = Path(__file__).resolve().parents[2]
 SERVE = {"context": 65536, "new": 64, "rounds": 2, "torch_native": None, "hip": {}}
 MODEL = {"part": "model", "context": 32768, "quote_tokens": 16, "quotes": 50, "new": 16}
 
@@ -94,11 +97,44 @@ def test_scores_of_tasks_are_shown_with_their_intervals(write: ModuleType) -> No
 
 def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:
     contexts = {"part": "synthetic", "seeds": 2, "length": 4096, "hip": "balanced"}
-    save("fidelity", contexts, torn__ours=[0.1, 0.9], torn__ours__mean=[0.5],
-         torn__oracle=[0.2, 0.4], torn__oracle__mean=[0.3])  # fmt: skip
+    samples = {"ours": [0.1, 0.9], "oracle": [0.2, 0.4], "paper": [1.0, 1.0], "stream": [2.0, 2.0]}
+    found = {f"torn__{who}__{of}": [by(them)] for who, them in samples.items()
+             for of, by in (("mean", fmean), ("worst", max))}  # fmt: skip
+    save("fidelity", contexts, **found)
+    found["torn__ours__mean"] = [0.7]
+    save("fidelity", {**contexts, "hip": "second_look=0"}, **found)
     save("fidelity", {**MODEL, "hip": "paper"}, right=[600.0], right__keep_all=[800.0])
     text = "\n".join(write.fidelity_section())
-    assert "mean of 2 seeds, ours `balanced`" in text
-    assert "| context | ours | oracle |" in text
-    assert "| torn | 0.500 | 0.300 |" in text
+    assert "mean of 2 seeds and the worst" in text
+    table = text.partition("| chosen by | torn |\n| --- | --- |\n")[2].splitlines()[:5]
+    assert table == [
+        "| oracle | 0.300 (0.40) |", "| paper | 1.000 (1.00) |", "| stream | 2.000 (2.00) |",
+        "| `balanced` | 0.500 (0.90) |", "| `second_look=0` | 0.700 (0.90) |",
+    ]  # fmt: skip
     assert "| 32,768, 50 quotes of 16 | `paper` | 600 of 800 | 800 of 800 | 0.750 |" in text
+
+
+# a time, a ratio, a share, or what a table has of errors
+MEASURED = re.compile(r"\d+(\.\d+)?(x\b| ?%| ?(ms|us|s|nats|tokens/s|GiB/s)\b)|\b\d\.\d{2,}\b")
+# what no row can hold: code, links, papers, versions, names of models, and bounds that tests hold
+NO_NUMBER = re.compile(
+    r"`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+"
+    r"|\d+\.\d+\.\d+|95%|(Kubernetes|Python) \d[\d.]*( (or|to) \d[\d.]*)*"
+)
+WRITTEN = re.compile(
+    r"<!-- (numbers|chaos): .*?<!-- end of \1 -->|<!-- bounds: .*?<!-- end of bounds -->", re.DOTALL
+)
+
+
+@pytest.mark.parametrize("name", ["README.md", "algorithm", "models", "operations", "structure"])
+def test_every_number_is_of_a_row(name: str) -> None:
+    path = ROOT / (name if name.endswith(".md") else f"docs/{name}.md")
+    text = WRITTEN.sub("", path.read_text(encoding="utf-8"))
+    assert [found[0] for found in MEASURED.finditer(NO_NUMBER.sub("", text))] == []
+
+
+def test_an_orphan_is_found() -> None:
+    for orphan in ("it is 3.5x as fast", "took 12 ms", "a share of 12%", "| 0.038 |", "by 2 nats"):
+        assert MEASURED.search(NO_NUMBER.sub("", orphan)), orphan
+    for fine in ("SGLang 0.5.21", "Kubernetes 1.29 to 1.35", "`top_p: 0.95`", "arXiv 2406.09827"):
+        assert not MEASURED.search(NO_NUMBER.sub("", fine)), fine
