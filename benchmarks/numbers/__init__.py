@@ -11,6 +11,7 @@ from .quality import (
     choice_block,
     eval_section,
     fidelity_section,
+    methods_block,
     methods_section,
     synthetic_block,
 )
@@ -37,6 +38,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "remainder": lambda: synthetic_block(LENGTH),
     "beam": lambda: synthetic_block(FAR),
     "choice": choice_block,
+    "ablation": lambda: methods_block("ablation"),
 }
 WITH_BLOCKS = ("README.md", "docs/algorithm.md")
 

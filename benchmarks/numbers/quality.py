@@ -68,18 +68,26 @@ def choice_block() -> list[str]:
 
 
 def methods_section() -> list[str]:
-    parts = []
-    for config, row, metrics in runs("methods"):
-        parts += [
-            f"{methods_words(config)} {where(row)}.",
-            methods_table(config, metrics),
-        ]
+    parts = [part for contest in ("methods", "ablation") for part in methods_block(contest)]
     about = (
         "`hip-sglang bench methods`: how far the next token's distribution is from dense, when "
         "sink, window and budget are as large for all; *read* is the share of the KV, in bytes, "
         "that a step reads."
     )
     return ["## Methods", about, *parts] if parts else []
+
+
+def methods_block(contest: str) -> list[str]:
+    """Words and a table for each run of one contest."""
+    return [
+        part
+        for config, row, metrics in runs("methods")
+        if config["contest"] == contest
+        for part in (
+            f"{methods_words(config)} {where(row)}.",
+            methods_table(config, metrics),
+        )
+    ]
 
 
 def methods_words(config: dict[str, Any]) -> str:

@@ -114,6 +114,26 @@ def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:
     assert "| 32,768, 50 quotes of 16 | `paper` | 600 of 800 | 800 of 800 | 0.750 |" in text
 
 
+def test_a_file_has_its_block_as_the_rows_say(
+    write: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("fidelity", {**MODEL, "hip": "paper"}, right=[600.0], right__keep_all=[800.0])
+    marks = "<!-- numbers: choice, written by `make numbers` -->", "<!-- end of numbers -->"
+    monkeypatch.setattr(write, "ROOT", tmp_path)
+    monkeypatch.setattr(write, "WITH_BLOCKS", ("some.md",))
+    monkeypatch.setattr(write, "numbers", lambda: "")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "numbers.md").write_text("")
+    path = tmp_path / "some.md"
+    path.write_text(f"Before.\n\n{marks[0]}\nold\n{marks[1]}\n\nAfter.\n")
+    (text,) = write.stale().values()
+    assert text.startswith(f"Before.\n\n{marks[0]}\n\n`hip-sglang bench fidelity --model`")
+    assert "| 600 of 800 | 800 of 800 | 0.750 | " in text
+    assert text.endswith(f" |\n\n{marks[1]}\n\nAfter.\n")
+    path.write_text(text)
+    assert write.stale() == {}
+
+
 # a time, a ratio, a share, or what a table has of errors
 MEASURED = re.compile(r"\d+(\.\d+)?(x\b| ?%| ?(ms|us|s|nats|tokens/s|GiB/s)\b)|\b\d\.\d{2,}\b")
 # what no row can hold: code, links, papers, versions, names of models, and bounds that tests hold
