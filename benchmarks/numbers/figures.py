@@ -46,6 +46,8 @@ def draw_methods(path: Path) -> None:
         config = run[0]
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
             panels[f"{config['model']}, {config['context']:,} tokens"].append(run)
+    if not panels:
+        return
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1 + 4 * len(panels), 4), dpi=150, layout="constrained")
         for axes, (title, found) in zip(
