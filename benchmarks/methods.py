@@ -29,9 +29,10 @@ from .evaluate.intervals import of_difference
 from .rows import percentiles, save
 from .serve import workspace
 from .tasks import NAMES, tasks_of
+from .train.texts import held_out
 
 SPREAD = 20  # characters of Python's library for a token that is used, so that pieces lie apart
-DENSE = "dense"
+DENSE, TRAINED = "dense", "trained"
 UNITS = {"kl": "nats"}  # all others are shares
 
 Samples = dict[str, dict[str, list[float]]]
@@ -71,7 +72,10 @@ def run(
 
 def main(argv: list[str]) -> int:
     parser = Parser("methods", __doc__)
-    parser.add_argument("--model", default=BUILTIN, help="a model's directory, or builtin")
+    parser.add_argument(
+        "--model", default=BUILTIN,
+        help=f"a model's directory, {BUILTIN}, or {TRAINED}: the small one of benchmarks/train",
+    )  # fmt: skip
     parser.add_argument("--contest", choices=CONTESTS, default="methods")
     parser.add_argument("--data", type=Path, nargs="+", help="text files; none: Python's library")
     parser.add_argument("--task", choices=NAMES, help="answers of a task in place of texts' ends")
@@ -94,6 +98,9 @@ def main(argv: list[str]) -> int:
         if args.model == BUILTIN:
             directory = folder / "model"
             write_model(directory)
+        elif args.model == TRAINED:
+            directory = Path(__file__).parent / TRAINED
+            texts = texts or held_out()
         tokenizer = tokenizer_of(directory)
         if args.task is not None:
             (task,) = tasks_of([args.task], "\n".join(texts) or None)

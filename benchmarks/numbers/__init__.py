@@ -14,6 +14,7 @@ from .quality import (
     methods_block,
     methods_section,
     synthetic_block,
+    trained_section,
 )
 from .speed import (
     attention_table,
@@ -75,6 +76,7 @@ def numbers() -> str:
             *offload_section(),
             *prefix_section(),
             *fidelity_section(),
+            *trained_section(),
             *methods_section(),
             *eval_section(),
             *cluster_section(),

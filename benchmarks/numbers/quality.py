@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from . import saved
 from .saved import runs, table, where
 
 
@@ -154,4 +155,24 @@ def eval_section() -> list[str]:
         "`hip-sglang eval`: what a model gets right behind the real server, % (95% interval); "
         "under every preset the same samples.",
         table(["tokens", "model", "task", "samples", "right", "where"], rows),
+    ]
+
+
+def trained_section() -> list[str]:
+    """What the small model has learned, by its log."""
+    log = saved.TRAINED / "training.jsonl"
+    if not log.exists():
+        return []
+    first, *steps, last = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    recipe, end = first["recipe"], steps[-1]
+    stages = ", ".join(f"{stage['tokens']:,}" for stage in recipe["stages"])
+    right = ", ".join(f"{kind} {share:.1%}" for kind, share in end["right"].items())
+    return [
+        "## The small model",
+        f"`python -m benchmarks.train`: a Llama of {first['parameters']:,} parameters "
+        f"({recipe['layers']} layers, {recipe['heads']}/{recipe['kv_heads']} heads of 128), "
+        f"contexts of {stages} tokens, {end['tokens']:,} tokens in all, {end['seconds'] / 60:.0f} "
+        f"minutes, seed {first['seed']}. Right of what the context decides, in the last lessons "
+        f"({recipe['stages'][-1]['tokens']:,} tokens): {right}. Perplexity of held-out modules of "
+        f"Python's library: {last['perplexity']:.1f} a token. {where(first)}.",
     ]

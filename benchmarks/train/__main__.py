@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from .recipe import RECIPES
-from .run import split, train
+from .run import train
+from .texts import held_out, learned
 
 
 def main(
@@ -19,7 +20,7 @@ def main(
     """Train a small Llama on lessons in retrieval and Python's library."""
     if recipe not in RECIPES:
         raise typer.BadParameter(f"--recipe {recipe}: choose one of {', '.join(RECIPES)}")
-    train(RECIPES[recipe], out, seed, *split())
+    train(RECIPES[recipe], out, seed, learned(), held_out())
 
 
 typer.run(main)

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hip_sglang.demo.corpus import standard_library
 from hip_sglang.demo.vocabulary import save_tokenizer, train_tokenizer
 from hip_sglang.runtime.torchvision_ops import declare_missing_operators
 
@@ -33,15 +31,6 @@ SHORTER = 0.3  # of the steps are of an earlier stage
 WARM_UP, EVERY = 100, 50  # steps
 FINAL_RATE = 0.1  # of the recipe's, at the end of its last stage
 PERPLEXITY_TOKENS = 65536
-
-
-def split() -> tuple[list[str], list[str]]:
-    """Python's library by modules: what is learned from, and what is held out (one in ten)."""
-    seen: list[str] = []
-    held_out: list[str] = []
-    for text in standard_library():
-        (held_out if zlib.crc32(text.encode()) % 10 == 0 else seen).append(text)
-    return seen, held_out
 
 
 def train(

@@ -119,6 +119,18 @@ def test_ours_is_nearer_to_dense_than_the_published_search(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("seed", ["3", "4"])
+def test_on_a_trained_model_ours_is_nearer_to_dense_than_any(
+    bench: Callable[..., dict[str, Any]], seed: str
+) -> None:
+    arguments = ("--model", "trained", "--documents", "4", "--steps", "32", "--seed", seed)
+    found = bench("methods", *arguments)["values"]
+    others = [found[name]["kl"] for name in (*kept.METHODS, "HiP as published")]
+    assert found["ours"]["kl"] < min(others)
+    assert found["ours"]["kl"] < found["HiP as published"]["kl"] / 5
+
+
+@pytest.mark.soak
 def test_answers_are_counted_against_dense(bench: Callable[..., dict[str, Any]]) -> None:
     found = bench("methods", "--task", "needle", "--documents", "4")["values"]
     assert found["dense"]["right"] == 1

@@ -17,17 +17,18 @@ from hip_sglang.tune.teacher import Teacher
 mixture = load_bench("train.mixture")
 recipe = load_bench("train.recipe")
 run = load_bench("train.run")
+texts = load_bench("train.texts")
 LENGTHS = (64, 300, 2048)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(run.split()[0][:20], 1024)
+    return train_tokenizer(texts.learned()[:20], 1024)
 
 
 @pytest.fixture
 def lessons(tokenizer: Tokenizer) -> Any:
-    return mixture.Mixture(tokenizer, run.split()[0][:20], seed=3)
+    return mixture.Mixture(tokenizer, texts.learned()[:20], seed=3)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -106,14 +107,14 @@ def stands_in(where: np.ndarray, what: np.ndarray) -> bool:
 
 
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
-    texts = run.split()[0][:20]
+    known = texts.learned()[:20]
     stages = (recipe.Stage(32, 8, 60), recipe.Stage(64, 4, 40))
     small = recipe.Recipe(
         layers=1, width=32, heads=2, kv_heads=1, inner=64, vocabulary=512, theta=1e4, rate=3e-3,
         stages=stages,
     )  # fmt: skip
     for name in ("one", "two"):
-        run.train(small, tmp_path / name, 7, texts[:15], texts[15:])
+        run.train(small, tmp_path / name, 7, known[:15], known[15:])
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
     log = [json.loads(line) for line in (tmp_path / "one" / run.LOG).read_text().splitlines()]
@@ -128,7 +129,7 @@ def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_not_learned() -> None:
-    seen, held_out = run.split()
+    seen, held_out = texts.learned(), texts.held_out()
     assert not set(seen) & set(held_out)
     share = sum(map(len, held_out)) / sum(map(len, seen))
     assert 0.05 < share < 0.2
