@@ -75,12 +75,13 @@ def local_nodes(
 ) -> Iterator[LocalNodes]:
     """Nodes with so many (logical) processors each, behind a token; gone afterwards.
 
-    The dashboard is also the server that takes jobs.
+    The dashboard is also the server that takes jobs. Inside, this process has their token.
     """
     token = folder / "ray_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **PATIENCE}
+    before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)
     process = subprocess.Popen(
         [sys.executable, "-m", "hip_cluster.local", str(int(dashboard)), *map(str, cpus)],
@@ -93,6 +94,9 @@ def local_nodes(
         yield LocalNodes(process)
     finally:
         end_tree(process)
+        for name in settings:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 class LocalEndpoint:
