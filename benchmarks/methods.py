@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.model import write_model
-from hip_sglang.demo.vocabulary import tokenizer_of
+from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.tune.judge import plans_of
 from hip_sglang.tune.run import pieces
 from hip_sglang.tune.start import BUILTIN, tokens_of
@@ -102,19 +103,7 @@ def main(argv: list[str]) -> int:
             directory = Path(__file__).parent / TRAINED
             texts = texts or held_out()
         tokenizer = tokenizer_of(directory)
-        if args.task is not None:
-            (task,) = tasks_of([args.task], "\n".join(texts) or None)
-            asked = [
-                Asked.of_sample(task.sample(tokenizer, args.context, args.seed, n), tokenizer)
-                for n in range(args.documents)
-            ]
-        else:
-            texts = texts or [library_text(args.seed)[: SPREAD * args.documents * args.context]]
-            ids = tokens_of(tokenizer, texts)
-            asked = [
-                Asked.of_text(piece, args.steps)
-                for piece in pieces(ids, args.context, args.documents, args.seed)
-            ]
+        asked = questions(args, tokenizer, texts)
         teacher = Teacher(directory)
         contest = contestants(args.contest, sizes, teacher, own_prefill=args.own_prefill)
         samples = run(teacher, asked, contest, own_prefill=args.own_prefill)
@@ -126,6 +115,19 @@ def main(argv: list[str]) -> int:
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0
+
+
+def questions(args: Namespace, tokenizer: Tokenizer, texts: list[str]) -> list[Asked]:
+    """Samples of a task, or pieces of texts; without texts, of Python's library."""
+    if args.task is not None:
+        (task,) = tasks_of([args.task], "\n".join(texts) or None)
+        samples = (
+            task.sample(tokenizer, args.context, args.seed, n) for n in range(args.documents)
+        )
+        return [Asked.of_sample(sample, tokenizer) for sample in samples]
+    texts = texts or [library_text(args.seed)[: SPREAD * args.documents * args.context]]
+    chosen = pieces(tokens_of(tokenizer, texts), args.context, args.documents, args.seed)
+    return [Asked.of_text(ids, args.steps) for ids in chosen]
 
 
 def report(shape: dict[str, Any], samples: Samples, *, as_json: bool, keep: bool) -> None:

@@ -35,7 +35,10 @@ def test_chaos_leaves_nothing_hung_and_nothing_behind():
     spec = importlib.util.spec_from_file_location("chaos", ROOT / "scripts" / "chaos.py")
     chaos = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chaos)
+    before = dict(os.environ)
     assert chaos.main() == 0
+    # such as another cluster's token
+    assert dict(os.environ) == before
 
 
 def test_scaling_and_a_rolling_restart_lose_no_request(two_nodes, tiny_llama, tmp_path):
