@@ -33,7 +33,8 @@ REMAINDERS = [
     '{"second_look": 0}',
     '{"second_look": 0, "remainder": "none"}',
 ]
-BEAMS = ['{"node_threshold": 1048576}', "{}", *(f'{{"beam": {2**n}}}' for n in (15, 14, 13))]
+# every page, and through nodes
+BEAMS = ["{}", *(f'{{"node_threshold": 131072, "beam": {2**n}}}' for n in (16, 15, 14, 13))]
 LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}']
 PROFILES: dict[str, Plan] = {
     # small shapes: whether all of them work
