@@ -1,9 +1,10 @@
 """Which method is nearest to dense, when all attend exactly to as many tokens?
 
-A model reads documents, and is asked their last tokens again, as decode steps, under each method:
-how far its next-token distribution is from dense (KL divergence), how often its first choice is
-dense's, how often it gives the answer where there is one, and what share of the KV it reads. Sink,
-window and budget together are a share of the context, the same for all.
+A model reads documents densely, and is asked their last tokens again, as decode steps, under each
+method; with --own-prefill it reads them under each configuration of ours, and is asked densely. How
+far is its next-token distribution from dense (KL divergence), how often is its first choice
+dense's, how often does it give the answer where there is one, and what share of the KV does a step
+read? Sink, window and budget together are a share of the context, the same for all.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def run(
 ) -> Samples:
     """Samples by method and metric, one a document.
 
-    Documents are read densely, or by each method as it attends; dense itself is the first method.
+    Documents are read densely, and asked by each method; or read by each, and asked densely. Dense
+    itself is the first method.
     """
     dense = plans_of(HipConfig(preset="dense"), teacher)
     found: Samples = {}
@@ -54,6 +56,7 @@ def run(
         for name, attention in {DENSE: dense, **contest}.items():
             if own_prefill:
                 document = teacher.read(one.ids, attention, len(one.tail))
+                attention = dense
             other = teacher.ask(document, one.tail, attention)
             choices = other.argmax(-1)
             metrics = {
@@ -65,9 +68,9 @@ def run(
             for metric, value in metrics.items():
                 found.setdefault(name, {}).setdefault(metric, []).append(value)
         print(f"document {number} of {len(asked)}", file=sys.stderr, flush=True)
-    for name, attention in contest.items():
-        found[name]["read"] = [attention.share_read]
-    found[DENSE]["read"] = [1.0]
+    for name in found:
+        steps = dense if own_prefill or name == DENSE else contest[name]
+        found[name]["read"] = [steps.share_read]
     return found
 
 
@@ -85,7 +88,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--steps", type=int, default=64, help="tokens of a text that are asked")
     parser.add_argument(
-        "--own-prefill", action="store_true", help="each configuration reads documents itself"
+        "--own-prefill",
+        action="store_true",
+        help="each reads documents itself, and all are asked densely",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_output()

@@ -96,7 +96,7 @@ def methods_words(config: dict[str, Any]) -> str:
         asked = f"{config['documents']} questions of the task {config['task']}"
     else:
         asked = f"{config['documents']} documents, the last {config['steps']} tokens of each asked"
-    read = "by each configuration itself" if config["own_prefill"] else "densely"
+    read = "by each itself, asked densely" if config["own_prefill"] else "densely"
     return (
         f"{config['model']}: {asked}; {config['context']:,} tokens, read {read}, "
         f"{config['share']:.1%} attended exactly by all."
