@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import rows
 
-TRAINED = rows.RESULTS.parent / "trained"
+TRAINED = Path(rows.__file__).parent / "trained"
 
 # a run: its configuration, where it comes from, and its rows by metric
 Run = tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]
