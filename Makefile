@@ -43,7 +43,7 @@ chaos: setup ## kill ranks, nodes, router, supervisor and head of a local cluste
 	$(BIN)/python scripts/chaos.py
 
 check: lint type ## lint, types and the fast tests: under two minutes
-	$(TWO_AT_A_TIME) -m "not server and not soak and not interpreter and not helm" $(ARGS)
+	$(TWO_AT_A_TIME) -m "not server and not soak and not interpreter and not helm and not slow" $(ARGS)
 
 test: lint type ## the gate: everything but the slow lane, under twenty minutes on two cores
 	$(TWO_AT_A_TIME) --durations=15 -m "not server and not soak" $(ARGS) $(MAY_BE_NONE)

@@ -214,6 +214,7 @@ def test_setup_says_when_no_python_fits(fresh_checkout):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_setup_says_in_one_line_that_pip_failed_and_resumes(fresh_checkout):
     environment = {"PYTHON": sys.executable, "HOME": str(fresh_checkout)}
     nowhere = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null"}

@@ -117,6 +117,7 @@ def test_again_asks_only_what_is_missing(
     assert [given[-1] for given in booted[4:]] == ["paper"]
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_asked(
     booted: list[list[str]], copying: CopyingServer, arguments: list[str], tmp_path: Path
 ) -> None:

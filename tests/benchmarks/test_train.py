@@ -106,6 +106,7 @@ def stands_in(where: np.ndarray, what: np.ndarray) -> bool:
     return bool((windows == what).all(1).any())
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
     known = texts.learned()[:20]
     stages = (recipe.Stage(32, 8, 60), recipe.Stage(64, 4, 40))

@@ -118,6 +118,7 @@ def test_only_the_engine_is_told_the_key():
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_not_heard_of_any_more_and_its_wire_stays():
     async def run():
         async with Listener() as listener:

@@ -59,6 +59,7 @@ def answers_in(s3, folder):
     return Counter(json.loads(line)["id"] for part in parts for line in part)
 
 
+@pytest.mark.slow
 def test_questions_and_answers_are_in_an_object_store(server, s3, tmp_path):
     questions, folder = put_questions(s3, tmp_path, "whole", count=70)
     done = run(server, questions, folder)

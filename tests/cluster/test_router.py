@@ -118,6 +118,7 @@ def test_whoever_finds_no_replica_is_told_to_come_again(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_request_that_runs_outlives_the_dismissal_of_its_replica(tmp_path):
     async def run():
         async with Routed(tmp_path) as routed, Worker() as old, Worker() as new:

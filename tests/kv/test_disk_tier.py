@@ -268,6 +268,7 @@ for round in range(1000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_server_killed_as_it_writes_leaves_no_page_that_is_not_whole(
     tmp_path: Path, times: int

@@ -248,6 +248,7 @@ def run_python(program, *argv):
     )
 
 
+@pytest.mark.slow
 def test_another_release_of_sglang_ends_the_command_line(model):
     run = run_python(
         "import runpy, sglang.version; sglang.version.__version__ = '0.5.99';"
@@ -273,6 +274,7 @@ def test_another_release_of_sglang_is_an_exception_for_engine(sglang, model, mon
     ServerArgs(model_path=str(model), attention_backend="torch_native").resolve_once()
 
 
+@pytest.mark.slow
 def test_a_corrupt_file_is_one_line_from_sglang_serve(model, tmp_path):
     config = tmp_path / "hip.json"
     config.write_text('{"budget": 64,')

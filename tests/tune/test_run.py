@@ -33,6 +33,7 @@ def tune(model: Path, text: Path, out: Path, *more: str) -> int:
     return run([*given, *(more or ("--trials", "30"))])
 
 
+@pytest.mark.slow
 def test_it_writes_configurations_that_a_server_takes(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_it_writes_configurations_that_a_server_takes(
     assert "than paper, config-" in said
 
 
+@pytest.mark.slow
 def test_a_search_that_was_ended_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +102,7 @@ def test_what_cannot_be_used_is_one_line(
     assert said in line
 
 
+@pytest.mark.slow
 def test_another_search_in_the_same_folder_is_refused(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
