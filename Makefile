@@ -42,7 +42,7 @@ demo-cluster: setup ## two local Ray nodes, TP=2, a router; a rank is killed, an
 chaos: setup ## kill ranks, nodes, router, supervisor and head of a local cluster; table in docs/operations.md
 	$(BIN)/python scripts/chaos.py
 
-check: lint type ## lint, types and the fast tests: under two minutes
+check: lint type ## lint, types and the fast tests: about two minutes
 	$(TWO_AT_A_TIME) -m "not server and not soak and not interpreter and not helm and not slow" $(ARGS)
 
 test: lint type ## the gate: everything but the slow lane, under twenty minutes on two cores
