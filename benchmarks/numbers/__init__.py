@@ -55,7 +55,7 @@ def stale() -> dict[Path, str]:
 
 def _written(block: re.Match[str]) -> str:
     parts = BLOCKS[block["name"]]()
-    return "\n\n".join([block[1], *parts, block[3]]).replace("\n\n\n", "\n\n")
+    return block[1] + "".join(f"\n{part}\n" for part in [*parts, block[3]]).removesuffix("\n")
 
 
 def numbers() -> str:

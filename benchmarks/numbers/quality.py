@@ -33,13 +33,14 @@ def synthetic_block(length: int) -> list[str]:
                 for context in contexts_of(metrics)
             ]
             rows.append([f"`{config['hip']}`" if who == "ours" else who, *cells])
-    config, row, metrics = found[0]
+    config, _, metrics = found[0]
+    places = "; ".join(dict.fromkeys(where(row) for _, row, _ in found))
     return [
         f"`hip-sglang bench fidelity`: relative L2 error of a decode step against dense, mean of "
         f"{config['seeds']} seeds and the worst; synthetic contexts (`benchmarks/synthetic.py`) of "
         f"{length:,} tokens. *Oracle* are the truly best tokens, *paper* is HiP's search as "
         f"published, each with as much to attend exactly, the rest dropped; *stream* is sink and "
-        f"window alone. {where(row)}.",
+        f"window alone. {places}.",
         table(["chosen by", *contexts_of(metrics)], rows),
     ]
 
@@ -171,8 +172,9 @@ def trained_section() -> list[str]:
         "## The small model",
         f"`python -m benchmarks.train`: a Llama of {first['parameters']:,} parameters "
         f"({recipe['layers']} layers, {recipe['heads']}/{recipe['kv_heads']} heads of 128), "
-        f"contexts of {stages} tokens, {end['tokens']:,} tokens in all, {end['seconds'] / 60:.0f} "
-        f"minutes, seed {first['seed']}. Right of what the context decides, in the last lessons "
-        f"({recipe['stages'][-1]['tokens']:,} tokens): {right}. Perplexity of held-out modules of "
-        f"Python's library: {last['perplexity']:.1f} a token. {where(first)}.",
+        f"contexts of {stages} tokens, seed {first['seed']}. Its last report, of step "
+        f"{end['step']:,}: {end['tokens']:,} tokens in {end['seconds'] / 60:.0f} minutes; right, "
+        f"of what the context decides at {end['stage']:,} tokens: {right}. In the end the "
+        f"perplexity of held-out modules of Python's library is {last['perplexity']:.1f} a token. "
+        f"{where(first)}.",
     ]

@@ -94,7 +94,8 @@ def _steps(model: Any, mixture: Mixture, recipe: Recipe, seed: int) -> Iterator[
                 done += 1
                 tokens += batch.ids.numel()
                 progress.update(bar, advance=1)
-                if done % EVERY == 0:
+                ends = step + 1 == stage.steps
+                if done % EVERY == 0 or ends:
                     accuracy = _accuracy(recent)
                     shown = " ".join(f"{kind} {share:.2f}" for kind, share in accuracy.items())
                     progress.update(bar, description=f"{now.tokens:,} tokens: {shown}")

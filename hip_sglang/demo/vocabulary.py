@@ -84,7 +84,7 @@ def tokenizer_of(model: Path) -> Tokenizer:
             tokenizer = tokenizer.backend_tokenizer
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"--model {model}: it has no tokenizer.json, and transformers makes none of what "
+                f"{model}: it has no tokenizer.json, and transformers makes none of what "
                 f"is there ({' '.join(str(error).split())[:120]}); give the directory of a model"
             ) from None
     # a file may say that texts are cut or filled to one length
