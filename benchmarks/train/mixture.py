@@ -22,7 +22,7 @@ from ..tasks.words import identifier, number, word
 Ids = NDArray[np.int64]
 # of each kind of lesson; a variable's chain takes two hops or more
 SHARES = {
-    "copy": 0.25, "recall": 0.15, "needle": 0.2, "variables": 0.05, "codes": 0.15, "text": 0.2,
+    "copy": 0.2, "recall": 0.1, "needle": 0.2, "variables": 0.05, "codes": 0.25, "text": 0.2,
 }  # fmt: skip
 KINDS = tuple(SHARES)
 # tokens that stand for "is" and "?" among made-up ones; what follows is free

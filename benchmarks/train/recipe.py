@@ -53,7 +53,7 @@ RECIPES = {
         layers=3, width=128, heads=4, kv_heads=2, inner=384, vocabulary=1024,
         theta=1e6, rate=3e-3,
         stages=(
-            Stage(64, 64, 1500), Stage(256, 16, 500), Stage(1024, 6, 250), Stage(4096, 2, 80),
+            Stage(64, 64, 1500), Stage(256, 16, 500), Stage(1024, 6, 250), Stage(4096, 2, 700),
         ),
     ),
     # some 14M parameters, to 32K
