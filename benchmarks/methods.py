@@ -10,11 +10,15 @@ read? Sink, window and budget together are a share of the context, the same for 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hip_kernels.layout import PAGE_SIZE
+from hip_kernels.page_size import PAGE_SIZES, VARIABLE
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
@@ -85,6 +89,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--task", choices=NAMES, help="answers of a task in place of texts' ends")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a document")
     parser.add_argument("--share", type=float, default=1 / 8, help="of it that is attended exactly")
+    parser.add_argument(
+        "--page-size", type=int, choices=PAGE_SIZES, default=PAGE_SIZE, help="tokens of our pages"
+    )
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--steps", type=int, default=64, help="tokens of a text that are asked")
     parser.add_argument(
@@ -97,6 +104,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     at_least(1, documents=args.documents, steps=args.steps)
     at_least(2 * args.steps, context=args.context)
+    if args.page_size != PAGE_SIZE:
+        # all code is made for one size, which a process has from its start
+        os.environ[VARIABLE] = str(args.page_size)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sizes = sizes_of(args.context, args.share)
     texts = [read_text(path) for path in args.data or []]
     with workspace() as folder:
@@ -116,7 +127,7 @@ def main(argv: list[str]) -> int:
         "model": args.model if args.model == BUILTIN else directory.resolve().name,
         "contest": args.contest, "task": args.task, "context": args.context, "share": args.share,
         "steps": None if args.task else args.steps, "documents": args.documents,
-        "own_prefill": args.own_prefill, "seed": args.seed, "sizes": vars(sizes),
+        "own_prefill": args.own_prefill, "page": PAGE_SIZE, "seed": args.seed, "sizes": vars(sizes),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 cache_app = typer.Typer(help="Prefixes that are kept on disk (offload.disk).")
 Directory = Annotated[Path, typer.Argument(help="The path of offload.disk.", show_default=False)]
-PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Prefix:
     """A prefix that no longer one goes on from."""
 
     key: str
-    tokens: int  # that a request would find
+    pages: int  # that a request would find
     own_bytes: int  # of pages that no other prefix has
     used: float
 
@@ -54,7 +53,7 @@ def list_prefixes(directory: Directory) -> None:
             table.add_row(
                 kept.path.name,
                 prefix.key[:12],
-                f"{prefix.tokens:,}",
+                f"{prefix.pages * kept.page_size:,}",
                 _size(prefix.own_bytes),
                 _ago(prefix.used),
             )
@@ -73,7 +72,7 @@ def show_totals(directory: Directory) -> None:
             str(kept.manifest.get("model")),
             str(kept.manifest.get("kv_dtype")).removeprefix("torch."),
             str(kept.manifest.get("tp_size")),
-            f"{len({page.header.key for page in pages}) * PAGE_TOKENS:,}",
+            f"{len({page.header.key for page in pages}) * kept.page_size:,}",
             _size(kept.nbytes),
             _ago(max((page.used for page in pages), default=0.0)),
             "running" if kept.in_use else "none",
@@ -188,8 +187,7 @@ def prefixes_of(pages: Iterable[Page]) -> Iterator[Prefix]:
                 break
             at = by_key.get(at.header.parent)
         # of no use where a page before is missing
-        tokens = 0 if at is None else depth * PAGE_TOKENS
-        yield Prefix(last.header.key, tokens, own, last.used)
+        yield Prefix(last.header.key, 0 if at is None else depth, own, last.used)
 
 
 def _kept(directory: Path) -> list[Kept]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from hip_kernels.page_size import page_size
 from typer.exceptions import TyperException
 
 from hip_sglang.cache_cli import cache_app
@@ -52,6 +53,8 @@ def run(argv: list[str]) -> int:
     """Run one command line; what the user can mend is one line on stderr and exit code 2."""
     command = typer.main.get_command(app)
     try:
+        with one_line_errors():
+            page_size()
         code = command.main(args=argv, prog_name="hip-sglang", standalone_mode=False)
     except TyperException as error:
         print(f"hip-sglang: {error.format_message()}", file=sys.stderr)

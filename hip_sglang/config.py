@@ -131,7 +131,7 @@ class LayerGroup(BaseModel):
 
 
 class HipConfig(BaseModel):
-    """How HiP attention prunes. Token counts are rounded up to whole pages of 64."""
+    """How HiP attention prunes. Token counts are rounded up to whole pages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -182,8 +182,8 @@ class HipConfig(BaseModel):
     sub_page_means: bool = Field(
         default=True,
         strict=True,
-        description="estimate pages by the mean keys of 16 tokens, not of 64: finer, for 2% more "
-        "KV memory",
+        description="estimate pages by the mean keys of their quarters: finer, for 2% more KV "
+        "memory",
     )
     second_look: Tokens = Field(
         default=2,

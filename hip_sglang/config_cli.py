@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from hip_kernels.page_size import page_size
 
 from hip_sglang.cli_errors import one_line_errors
 
@@ -69,7 +70,7 @@ def config_explain(
         config = HipConfig.load(hip_config, hip_preset)
         wanted = parse_lengths(lengths)
         groups = grouped(plans_of(config, layers))
-    print(f"preset {config.preset}; a page is 64 tokens, and positions count from 0")
+    print(f"preset {config.preset}; a page is {page_size()} tokens, and positions count from 0")
     for name, plan in groups:
         print(f"\n{name}")
         for sentence in sentences(plan):
@@ -78,7 +79,7 @@ def config_explain(
 
 
 def _plans_table(plans: list[LayerPlan]) -> Table:
-    table = _table("a page is 64 tokens")
+    table = _table(f"a page is {page_size()} tokens")
     rows = [_flat({"layer": layer, **asdict(plan)}) for layer, plan in enumerate(plans)]
     for column in rows[0]:
         table.add_column(column.replace("_", " "))

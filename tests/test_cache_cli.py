@@ -77,13 +77,13 @@ def test_a_prefix_ends_where_nothing_goes_on_and_shared_pages_are_nobody_s() -> 
         key, before = (hashlib.sha256((of or "").encode()).hexdigest() for of in (name, parent))
         return Page(Header(key, before if parent else None), 10, 0.0)
 
-    def tokens(*pages: Page) -> list[tuple[int, int]]:
-        return sorted((one.tokens, one.own_bytes) for one in prefixes_of(pages))
+    def lengths(*pages: Page) -> list[tuple[int, int]]:
+        return sorted((one.pages, one.own_bytes) for one in prefixes_of(pages))
 
     root, left, right = page("a", None), page("b", "a"), page("c", "a")
     longer = page("d", "c")
-    assert tokens(root) == [(64, 10)]
-    assert tokens(root, left) == [(128, 20)]
-    assert tokens(root, left, right, longer) == [(128, 10), (192, 20)]
+    assert lengths(root) == [(1, 10)]
+    assert lengths(root, left) == [(2, 20)]
+    assert lengths(root, left, right, longer) == [(2, 10), (3, 20)]
     # without its start it is of no use
-    assert tokens(left) == [(0, 10)]
+    assert lengths(left) == [(0, 10)]

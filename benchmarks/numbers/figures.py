@@ -45,7 +45,8 @@ def draw_methods(path: Path) -> None:
     for run in runs("methods"):
         config = run[0]
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
-            panels[f"{config['model']}, {config['context']:,} tokens"].append(run)
+            title = f"{config['model']}, {config['context']:,} tokens, pages of {config['page']}"
+            panels[title].append(run)
     if not panels:
         return
     with matplotlib.rc_context(STYLE):

@@ -100,7 +100,7 @@ def methods_words(config: dict[str, Any]) -> str:
     read = "by each itself, asked densely" if config["own_prefill"] else "densely"
     return (
         f"{config['model']}: {asked}; {config['context']:,} tokens, read {read}, "
-        f"{config['share']:.1%} attended exactly by all."
+        f"{config['share']:.1%} attended exactly by all; our pages have {config['page']} tokens."
     )
 
 

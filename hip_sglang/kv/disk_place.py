@@ -61,6 +61,11 @@ class Kept:
     manifest: Mapping[str, Any]
 
     @property
+    def page_size(self) -> int:
+        """Tokens of a page; there was one size before manifests said it."""
+        return int(self.manifest.get("page_size", 64))
+
+    @property
     def places(self) -> list[Path]:
         return sorted(path for path in self.path.glob("rank*") if path.is_dir())
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sglang.version
 import torch
+from hip_kernels.layout import PAGE_SIZE
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType, ExternalLinkerLoadPhase
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
@@ -149,6 +150,7 @@ def manifest_of(runner: ModelRunner, tp_size: int) -> dict[str, Any]:
         config.pop(local, None)
     return {
         "layout": MAGIC.decode(),
+        "page_size": PAGE_SIZE,
         "sglang": sglang.version.__version__,
         "model": ", ".join(runner.model_config.hf_config.architectures or ["unknown"]),
         "config": _digest(json.dumps(config, sort_keys=True, default=str).encode()),

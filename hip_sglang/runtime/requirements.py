@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hip_kernels.layout import PAGE_SIZE
+from hip_kernels.page_size import VARIABLE
 
 BACKEND = "hip_attention"
 SUPPORTED_SGLANG = "0.5.21"
@@ -65,7 +66,7 @@ def check_arguments(args: Any) -> None:
     if args.page_size not in (None, PAGE_SIZE):
         raise UnsupportedError(
             f"{BACKEND} works in pages of {PAGE_SIZE} tokens, not --page-size {args.page_size}; "
-            f"leave --page-size out or set it to {PAGE_SIZE}"
+            f"leave --page-size out, and set {VARIABLE} where 16 or 32 are wanted"
         )
 
 

@@ -1,8 +1,8 @@
 """The tensors that travel, and their shapes.
 
-Units: a page is 64 consecutive tokens of one request. A *physical* page is a place in the pool
-(slot = page * 64 + offset); a *logical* page is a position within the request (page p holds the
-tokens 64p .. 64p + 63). A page table maps the second to the first.
+Units: a page is 64 consecutive tokens of one request (or 32, or 16: ``page_size``). A *physical*
+page is a place in the pool (slot = page * 64 + offset); a *logical* page is a position within the
+request (page p holds the tokens 64p .. 64p + 63). A page table maps the second to the first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PAGE_SIZE = 64
+from hip_kernels.page_size import page_size
+
+PAGE_SIZE = page_size()
 SUB_PAGES = 4
 NODE_PAGES = 8
 FEW_ROWS = 16

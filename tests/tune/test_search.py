@@ -45,8 +45,8 @@ def hypervolume(values: list[Values]) -> float:
 def test_layers_are_grouped_in_order() -> None:
     assert [layer for group in SPACE.groups for layer in group] == list(range(12))
     assert len(SPACE.groups) == 8
-    # what is given, dense, another refresh and top_p, and four other budgets
-    assert len(SPACE.uniform()) == 8
+    # what is given, dense, another refresh and top_p, four other budgets, and two second looks
+    assert len(SPACE.uniform()) == 10
     assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
 
 
@@ -55,11 +55,24 @@ def test_genes_become_a_configuration() -> None:
     config = SPACE.config(genes)
     assert [config.layer_plan(n).pages.budget_pages for n in range(12)] == [16] * 12
     layers = SPACE.groups[3]
-    changed = SPACE.config({**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4})
+    changed = SPACE.config(
+        {**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4, "second_look": 8}
+    )
+    assert changed.layer_plan(layers[0]).pages.second_look == 8
     assert set(changed.dense_layers) == set(SPACE.groups[0])
     assert changed.layer_plan(layers[0]).pages.budget_pages == 2
     assert changed.layer_plan(layers[0]).refresh == 4
     assert changed.budget == 1024
+
+
+@pytest.mark.parametrize("config", [{"offload": {"host_gib": 1}}, {"preset": "paper"}])
+def test_a_second_look_is_not_searched_for_where_there_should_be_none(
+    config: dict[str, object],
+) -> None:
+    space = Space.of(HipConfig.load(config), layers=2)
+    assert "second_look" not in space.options()
+    looks = {space.config(genes).second_look for genes in space.uniform()}
+    assert looks == {HipConfig.load(config).second_look}
 
 
 @pytest.mark.parametrize(
