@@ -19,6 +19,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = "gpu/attention.py"
+EVAL = "eval"  # a command of its own
 
 Plan = list[tuple[str, list[str]]]
 # what docs/algorithm.md compares
@@ -35,7 +36,24 @@ REMAINDERS = [
 ]
 # every page, and through nodes
 BEAMS = ["{}", *(f'{{"node_threshold": 131072, "beam": {2**n}}}' for n in (16, 15, 14, 13))]
+# prunes contexts of 4,096 tokens to an eighth
+SHORT = '{"dense_threshold": 0, "window": 128, "budget": 256}'
 LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}']
+# pages of 64 are a handful at this length: 16 first, where everything is a share of the context
+METHODS = [
+    *(["--page-size", "16", "--share", share] for share in ("0.03125", "0.0625", "0.125", "0.25")),
+    *(["--page-size", size] for size in ("32", "64")),
+    ["--page-size", "16", "--contest", "ablation"],
+    ["--page-size", "16", "--own-prefill"],
+    ["--page-size", "16", "--task", "multikey2", "--documents", "500"],
+]
+# each has answers of its own
+EVALUATIONS = [
+    ("quotes,needle,multikey2", "4096", "20", ["--out", "eval-out/4K", "--hip-config", SHORT]),
+    ("quotes,needle", "16384", "10", ["--out", "eval-out/16K"]),
+    ("quotes", "65536,131072", "10", ["--out", "eval-out/quotes"]),
+    ("needle", "65536", "3", ["--out", "eval-out/needle"]),
+]
 PROFILES: dict[str, Plan] = {
     # small shapes: whether all of them work
     "quick": [
@@ -60,9 +78,15 @@ PROFILES: dict[str, Plan] = {
             "fidelity",
             ["--seeds", "0", "--model", *(f"--hip-config={config}" for config in LOOKS)],
         ),
-        *(("methods", ["--share", share]) for share in ("0.0625", "0.125", "0.25")),
-        ("methods", ["--contest", "ablation"]),
-        ("methods", ["--own-prefill"]),
+        *(("methods", ["--model", "trained", "--documents", "20", *more]) for more in METHODS),
+        *(
+            ("methods", ["--task", task, "--context", "16384", "--documents", "20"])
+            for task in ("quotes", "needle")
+        ),
+        *(
+            (EVAL, ["--tasks", tasks, "--lengths", lengths, "--samples", samples, *more])
+            for tasks, lengths, samples, more in EVALUATIONS
+        ),
         ("serve", ["--context", "65536"]),
         ("offload", []),
         ("prefix", []),
@@ -154,7 +178,8 @@ def command(bench: str) -> list[str]:
     if bench == GPU:
         return [sys.executable, str(ROOT / "benchmarks" / GPU)]
     # the program, of whatever commit is first on the path
-    return [sys.executable, "-c", "from hip_sglang.cli import main; main()", "bench", bench]
+    program = [sys.executable, "-c", "from hip_sglang.cli import main; main()"]
+    return [*program, EVAL] if bench == EVAL else [*program, "bench", bench]
 
 
 def values_of(bench: str, arguments: list[str], place: Path) -> dict[str, float]:

@@ -33,6 +33,9 @@ def evaluate(
         Path, typer.Option(help="Folder for answers, report and plot; what is there is not asked.")
     ] = Path("eval-out"),
     save: Annotated[bool, typer.Option(help="Append rows to benchmarks/results.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print scores in one last line, too.")
+    ] = False,
 ) -> None:
     """Ask a model tasks of long contexts, under each preset, and compare."""
     from hip_sglang.bench import load_bench
@@ -49,7 +52,9 @@ def evaluate(
             hip_config=hip_config,
             out=out,
         )
-        raise typer.Exit(load_bench("evaluate.run").evaluate(evaluation, keep=save))
+        raise typer.Exit(
+            load_bench("evaluate.run").evaluate(evaluation, keep=save, as_json=as_json)
+        )
 
 
 def _listed(text: str) -> list[str]:

@@ -136,6 +136,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, 
     assert message in error
 
 
+def test_a_page_of_no_size_that_there_is_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("HIP_SGLANG_PAGE_SIZE", "20")
+    assert cli.run(["config", "show"]) == 2
+    assert "a page has 16, 32 or 64 tokens" in one_line(capsys)
+
+
 def test_config_show_prints_the_resolved_configuration(capsys):
     assert cli.run(["config", "show", "--hip-config", '{"budget": 4096}', "--layers", "3"]) == 0
     shown = capsys.readouterr()

@@ -116,11 +116,12 @@ class Evaluation:
         ]
 
 
-def evaluate(evaluation: Evaluation, *, keep: bool = False) -> int:
+def evaluate(evaluation: Evaluation, *, keep: bool = False, as_json: bool = False) -> int:
     """Ask what is not answered yet, and write the report; ``keep`` appends rows to ``eval.csv``.
 
-    Raises ValueError where something cannot be used, and ChildProcessError or ConnectionError
-    where a server ends by itself; what was answered by then is kept.
+    With ``as_json`` the scores are the last line that is printed. Raises ValueError where something
+    cannot be used, and ChildProcessError or ConnectionError where a server ends by itself; what was
+    answered by then is kept.
     """
     console = Console()
     results = Results(evaluation.out)
@@ -159,6 +160,13 @@ def evaluate(evaluation: Evaluation, *, keep: bool = False) -> int:
             }  # fmt: skip
             path = save("eval", shape, report.metrics(length))
         console.print(f"saved to {path.name}")
+    if as_json:
+        values = {
+            f"{length}.{name}": metric[1][0]
+            for length in evaluation.lengths
+            for name, metric in report.metrics(length).items()
+        }
+        print(json.dumps({"bench": "eval", "values": values}))
     return 0
 
 

@@ -87,7 +87,7 @@ def test_each_preset_is_asked_the_same_and_the_report_says_how_it_did(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["--tasks", COPIED, "--lengths", "4096,2048"]
-    assert cli.run(["eval", *arguments, *more]) == 0
+    assert cli.run(["eval", *arguments, *more, "--json"]) == 0
     assert [given[-1] for given in booted] == ["dense", "balanced"]
     assert all(given[given.index("--context-length") + 1] == "4096" for given in booted)
     assert len(copying.asked) == 2 * 4 * 2 * 3
@@ -98,7 +98,11 @@ def test_each_preset_is_asked_the_same_and_the_report_says_how_it_did(
     assert "| all | 2,048 | +0.0 (-14 to +14) |" in report
     assert "nothing is pruned under any preset: queries at positions below 8,192" in report
     assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
-    assert "100.0 (44-100)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "100.0 (44-100)" in printed
+    told = json.loads(printed.splitlines()[-1])["values"]
+    assert told["2048.multikey2.balanced"] == 1
+    assert told["4096.needle.dense.low"] == pytest.approx(0.44, abs=0.01)
 
 
 def test_again_asks_only_what_is_missing(

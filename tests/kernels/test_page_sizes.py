@@ -1,0 +1,35 @@
+"""Pages of other sizes than 64, which a process has from its start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hip_kernels.page_size import PAGE_SIZES, VARIABLE
+
+HERE = Path(__file__).parent
+# reference and kernels against plain loops, and chunks against whole prompts
+SOME = [
+    "test_attend.py::test_a_mixed_batch_equals_plain_loops",
+    "test_attend.py::test_chunks_of_whole_pages_do_not_change_what_is_computed",
+    "test_fused.py::test_a_batch_equals_plain_loops[{'second_look': 2, 'top_p': 0.5}]",
+    "test_summarize_triton.py",
+]
+
+
+@pytest.mark.parametrize("size", PAGE_SIZES[:-1])
+def test_reference_and_kernels_work_in_smaller_pages(size: int) -> None:
+    tests = [str(HERE / name) for name in SOME]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
+        env={**os.environ, VARIABLE: str(size)},
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
