@@ -43,6 +43,8 @@ LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}'
 METHODS = [
     *(["--page-size", "16", "--share", share] for share in ("0.03125", "0.0625", "0.125", "0.25")),
     *(["--page-size", size] for size in ("32", "64")),
+    # as many tokens at any length
+    *(["--page-size", "16", "--context", f"{256 * n}", "--share", f"{1 / n}"] for n in (4, 8)),
     ["--page-size", "16", "--contest", "ablation"],
     ["--page-size", "16", "--own-prefill"],
     ["--page-size", "16", "--task", "multikey2", "--documents", "500"],
@@ -79,6 +81,7 @@ PROFILES: dict[str, Plan] = {
             ["--seeds", "0", "--model", *(f"--hip-config={config}" for config in LOOKS)],
         ),
         *(("methods", ["--model", "trained", "--documents", "20", *more]) for more in METHODS),
+        ("tuning", ["--model", "trained", "--page-size", "16"]),
         *(
             ("methods", ["--task", task, "--context", "16384", "--documents", "20"])
             for task in ("quotes", "needle")

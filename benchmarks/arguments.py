@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from pathlib import Path
 from typing import NoReturn
+
+from hip_kernels.page_size import PAGE_SIZES, VARIABLE, page_size
+
+from hip_sglang.demo.model import write_model
+from hip_sglang.tune.start import BUILTIN
+
+TRAINED = "trained"
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +29,34 @@ class Parser(argparse.ArgumentParser):
         """What every benchmark can do with its results."""
         self.add_argument("--json", action="store_true", help="end with one JSON object")
         self.add_argument("--save", action="store_true", help="append rows to benchmarks/results")
+
+    def add_model(self) -> None:
+        """Which model, and in which pages; for ``model_of`` and ``settle_pages``."""
+        self.add_argument(
+            "--model", default=BUILTIN,
+            help=f"a model's directory, {BUILTIN}, or {TRAINED}: the small one of benchmarks/train",
+        )  # fmt: skip
+        self.add_argument(
+            "--page-size", type=int, choices=PAGE_SIZES, default=page_size(),
+            help="tokens of our pages",
+        )  # fmt: skip
+
+
+def settle_pages(size: int) -> None:
+    """Start this process again where its pages have another size: all code is made for one."""
+    if size != page_size():
+        os.environ[VARIABLE] = str(size)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def model_of(name: str, folder: Path) -> Path:
+    """The directory of a model; the built-in one is written to ``folder``."""
+    if name == TRAINED:
+        return Path(__file__).parent / TRAINED
+    if name != BUILTIN:
+        return Path(name)
+    write_model(folder / "model")
+    return folder / "model"
 
 
 def at_least(least: int, **values: int) -> None:

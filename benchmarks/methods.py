@@ -10,7 +10,6 @@ read? Sink, window and budget together are a share of the context, the same for 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -18,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from hip_kernels.layout import PAGE_SIZE
-from hip_kernels.page_size import PAGE_SIZES, VARIABLE
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
-from hip_sglang.demo.model import write_model
 from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.tune.judge import plans_of
 from hip_sglang.tune.run import pieces
 from hip_sglang.tune.start import BUILTIN, tokens_of
 from hip_sglang.tune.teacher import Teacher, divergence
 
-from .arguments import Parser, at_least
+from .arguments import TRAINED, Parser, at_least, model_of, settle_pages
 from .contest import CONTESTS, Asked, Contestant, contestants, sizes_of
 from .evaluate.intervals import of_difference
 from .rows import percentiles, save
@@ -38,7 +35,7 @@ from .tasks import NAMES, tasks_of
 from .train.texts import held_out
 
 SPREAD = 20  # characters of Python's library for a token that is used, so that pieces lie apart
-DENSE, TRAINED = "dense", "trained"
+DENSE = "dense"
 UNITS = {"kl": "nats"}  # all others are shares
 
 Samples = dict[str, dict[str, list[float]]]
@@ -80,18 +77,12 @@ def run(
 
 def main(argv: list[str]) -> int:
     parser = Parser("methods", __doc__)
-    parser.add_argument(
-        "--model", default=BUILTIN,
-        help=f"a model's directory, {BUILTIN}, or {TRAINED}: the small one of benchmarks/train",
-    )  # fmt: skip
+    parser.add_model()
     parser.add_argument("--contest", choices=CONTESTS, default="methods")
     parser.add_argument("--data", type=Path, nargs="+", help="text files; none: Python's library")
     parser.add_argument("--task", choices=NAMES, help="answers of a task in place of texts' ends")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a document")
     parser.add_argument("--share", type=float, default=1 / 8, help="of it that is attended exactly")
-    parser.add_argument(
-        "--page-size", type=int, choices=PAGE_SIZES, default=PAGE_SIZE, help="tokens of our pages"
-    )
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--steps", type=int, default=64, help="tokens of a text that are asked")
     parser.add_argument(
@@ -104,19 +95,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     at_least(1, documents=args.documents, steps=args.steps)
     at_least(2 * args.steps, context=args.context)
-    if args.page_size != PAGE_SIZE:
-        # all code is made for one size, which a process has from its start
-        os.environ[VARIABLE] = str(args.page_size)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    settle_pages(args.page_size)
     sizes = sizes_of(args.context, args.share)
     texts = [read_text(path) for path in args.data or []]
     with workspace() as folder:
-        directory = Path(args.model)
-        if args.model == BUILTIN:
-            directory = folder / "model"
-            write_model(directory)
-        elif args.model == TRAINED:
-            directory = Path(__file__).parent / TRAINED
+        directory = model_of(args.model, folder)
+        if args.model == TRAINED:
             texts = texts or held_out()
         tokenizer = tokenizer_of(directory)
         asked = questions(args, tokenizer, texts)

@@ -13,8 +13,10 @@ from .quality import (
     fidelity_section,
     methods_block,
     methods_section,
+    overview_block,
     synthetic_block,
     trained_section,
+    tuning_section,
 )
 from .speed import (
     attention_table,
@@ -39,6 +41,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "remainder": lambda: synthetic_block(LENGTH),
     "beam": lambda: synthetic_block(FAR),
     "choice": choice_block,
+    "overview": overview_block,
     "ablation": lambda: methods_block("ablation"),
 }
 WITH_BLOCKS = ("README.md", "docs/algorithm.md")
@@ -78,6 +81,7 @@ def numbers() -> str:
             *fidelity_section(),
             *trained_section(),
             *methods_section(),
+            *tuning_section(),
             *eval_section(),
             *cluster_section(),
             "## The demo",

@@ -47,6 +47,8 @@ def draw_methods(path: Path) -> None:
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
             title = f"{config['model']}, {config['context']:,} tokens, pages of {config['page']}"
             panels[title].append(run)
+    # a line takes three points
+    panels = {title: found for title, found in panels.items() if len(found) > 2}
     if not panels:
         return
     with matplotlib.rc_context(STYLE):

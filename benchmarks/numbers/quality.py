@@ -92,6 +92,23 @@ def methods_block(contest: str) -> list[str]:
     ]
 
 
+def overview_block() -> list[str]:
+    """KL from dense of the main methods, a row for each length, page and share."""
+    shown = (
+        "ours", "ours, pruned dropped", "HiP as published", "InfiniteHiP", "Quest", "oracle",
+    )  # fmt: skip
+    rows = []
+    for config, row, metrics in runs("methods"):
+        if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
+            kl = (float(metrics[f"{name}.kl.mean"]["p50"]) for name in shown)
+            shape = [config["model"], f"{config['context']:,}", f"{config['share']:.1%}"]
+            read = f"{float(metrics['ours.read.mean']['p50']):.1%}"
+            cells = [*shape, str(config["page"]), read, *(f"{one:.2g}" for one in kl)]
+            rows.append([*cells, where(row)])
+    head = ["model", "tokens", "attended exactly", "page", "ours reads", *shown, "where"]
+    return [table(head, rows)] if rows else []
+
+
 def methods_words(config: dict[str, Any]) -> str:
     if config["task"]:
         asked = f"{config['documents']} questions of the task {config['task']}"
@@ -157,6 +174,41 @@ def eval_section() -> list[str]:
         "under every preset the same samples.",
         table(["tokens", "model", "task", "samples", "right", "where"], rows),
     ]
+
+
+def tuning_section() -> list[str]:
+    """What a search found on documents that it has not seen: medians over seeds."""
+    rows = []
+    for config, row, metrics in runs("tuning"):
+        of = {name: float(metric["p50"]) for name, metric in metrics.items()}
+        low = float(metrics["hypervolume.ratio"]["p20"])
+        for preset in ("balanced", "paper"):
+            rows.append(
+                [
+                    f"{config['model']}, {config['context']:,} tokens, pages of {config['page']}",
+                    preset,
+                    f"{of[f'{preset}.kl']:.2g} at {of[f'{preset}.read']:.1%}",
+                    f"{of[f'{preset}.tuned.kl']:.2g} at {of[f'{preset}.tuned.read']:.1%}",
+                    f"{of[f'{preset}.dominated_by']:.0f}",
+                    f"{of['hypervolume.ratio']:.3f} ({low:.3f})",
+                    where(row),
+                ]
+            )
+    head = ["model", "preset", "KL from dense and KV read", "of a tuned one that is better in both"]
+    head += ["there are", "search over chance (p20)", "where"]
+    return (
+        [
+            "## Tuned",
+            "`hip-sglang bench tuning`: the search of `hip-sglang tune`, with sink, window and "
+            "budget of the presets an eighth of the context to begin with, and as many random "
+            "draws; then both fronts on documents that neither has seen. Medians of three seeds; "
+            "the last ratio is of the areas that the fronts dominate, KL in decades below "
+            "`paper`'s.",
+            table(head, rows),
+        ]
+        if rows
+        else []
+    )
 
 
 def trained_section() -> list[str]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from hip_sglang.config import HipConfig
 from hip_sglang.tune.judge import ALWAYS, Judge
 from hip_sglang.tune.picture import draw
-from hip_sglang.tune.search import Trial, Trials, Values, front, search
+from hip_sglang.tune.search import Trial, Trials, dominates, front, search
 from hip_sglang.tune.space import Genes, Space
 from hip_sglang.tune.teacher import Teacher
 
@@ -84,7 +84,7 @@ def _search_and_judge(
                 for genes in some:
                     if _name(genes) not in found:
                         judge = judge or _judge(teacher, text, length, settings)
-                        found[_name(genes)] = Trial(genes, judge(_config(space, genes)))
+                        found[_name(genes)] = Trial(genes, judge(config_of(space, genes)))
                         judged_before.add(found[_name(genes)])
                     progress.advance(bar)
             return [found[_name(genes)] for genes in some]
@@ -93,7 +93,7 @@ def _search_and_judge(
         judge = _judge(teacher, seen, settings.short, settings)
         tried = search(
             space,
-            lambda genes: judge(_config(space, genes)),
+            lambda genes: judge(config_of(space, genes)),
             trials,
             known,
             seed=settings.seed,
@@ -109,7 +109,7 @@ def _search_and_judge(
     draw(out / PICTURE, tried, long, tuned, presets)
     console.print(_table(tuned, presets))
     for preset in presets:
-        found = (n for n, trial in enumerate(tuned, 1) if _dominates(trial.values, preset.values))
+        found = (n for n, trial in enumerate(tuned, 1) if dominates(trial.values, preset.values))
         better = next(found, None)
         name = "no configuration" if better is None else f"config-{better}.json"
         console.print(f"than {preset.genes['preset']}, {name} is better in both")
@@ -133,7 +133,7 @@ def pieces(ids: list[int], length: int, count: int, seed: int) -> list[list[int]
     return [ids[place * length : (place + 1) * length] for place in chosen]
 
 
-def _config(space: Space, genes: Genes) -> HipConfig:
+def config_of(space: Space, genes: Genes) -> HipConfig:
     """Of genes, or of a preset with the same sizes."""
     if "preset" in genes:
         sizes = {name: getattr(space.base, name) for name in ("sink", "window", "budget")}
@@ -150,10 +150,6 @@ def _spread(some: list[Genes], most: int) -> list[Genes]:
     if len(some) <= most:
         return some
     return [some[round(at * (len(some) - 1) / (most - 1))] for at in range(most)]
-
-
-def _dominates(one: Values, other: Values) -> bool:
-    return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 def _keep(settings: Settings, path: Path) -> None:

@@ -97,3 +97,8 @@ def front(trials: Iterable[Trial]) -> list[Trial]:
         if not found or trial.values[0] < found[-1].values[0]:
             found.append(trial)
     return found
+
+
+def dominates(one: Values, other: Values) -> bool:
+    """Whether one is better in both, or in one and no worse in the other."""
+    return one != other and one[0] <= other[0] and one[1] <= other[1]

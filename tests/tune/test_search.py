@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tuning import drawn, hypervolume
 from hip_sglang.config import HipConfig
 from hip_sglang.tune.search import Trial, Trials, Values, front, search
 from hip_sglang.tune.space import Genes, Space
@@ -30,16 +30,6 @@ def judge(genes: Genes) -> Values:
             divergence += lost
         share += read / len(SPACE.groups)
     return divergence, share
-
-
-def hypervolume(values: list[Values]) -> float:
-    """The area that these dominate, up to the worst."""
-    area, last = 0.0, WORST[0]
-    for divergence, share in sorted(values, key=lambda one: one[1]):
-        if divergence < last and share < WORST[1]:
-            area += (last - divergence) * (WORST[1] - share)
-            last = divergence
-    return area
 
 
 def test_layers_are_grouped_in_order() -> None:
@@ -93,14 +83,9 @@ def test_a_front_is_what_nothing_is_better_than() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
     found = searched(tmp_path / "trials.jsonl", judge, 240, seed)
-    # from the same start
-    start, chance = SPACE.uniform(), random.Random(seed)
-    drawn = [
-        {name: chance.choice(of) for name, of in SPACE.options().items()}
-        for _ in range(240 - len(start))
-    ]
-    by_chance = [judge(genes) for genes in [*start, *drawn]]
-    assert hypervolume([trial.values for trial in found]) > 1.02 * hypervolume(by_chance)
+    by_chance = [judge(genes) for genes in drawn(SPACE, 240, seed)]
+    area = hypervolume([trial.values for trial in found], WORST)
+    assert area > 1.02 * hypervolume(by_chance, WORST)
 
 
 def searched(path: Path, judge: Callable[[Genes], Values], count: int, seed: int) -> list[Trial]:

@@ -1,0 +1,154 @@
+"""Does a search find more than chance does, and more than the presets are?
+
+From the presets' settings, with sink, window and budget a share of the context, `hip-sglang tune`'s
+search and random draws try as many configurations, and begin with the same ones. What neither is
+worse than is judged again on documents that nobody has seen: the hypervolume of each front, in
+decades of KL divergence below that of the published search times the share of the KV that need not
+be read; and whether one point reads less than a preset and is nearer to dense.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from hip_kernels.layout import PAGE_SIZE
+
+from hip_sglang.config import HipConfig
+from hip_sglang.demo.vocabulary import tokenizer_of
+from hip_sglang.tune.judge import Judge
+from hip_sglang.tune.run import PIECES, SPARSE_PRESETS, config_of, pieces
+from hip_sglang.tune.search import Trial, Trials, Values, dominates, front, search
+from hip_sglang.tune.space import Genes, Space
+from hip_sglang.tune.start import tokens_of
+from hip_sglang.tune.teacher import Teacher
+
+from .arguments import Parser, at_least, model_of, settle_pages
+from .contest import sizes_of
+from .rows import percentiles, save
+from .serve import workspace
+from .train.texts import held_out
+
+# what is nearer to dense is as near as that
+LEAST = 1e-6
+
+
+def drawn(space: Space, count: int, seed: int) -> list[Genes]:
+    """So many configurations: those that a search begins with, and then any."""
+    chance = random.Random(seed)
+    more = range(max(0, count - len(start := space.uniform())))
+    options = space.options()
+    return [
+        *start[:count],
+        *({name: chance.choice(of) for name, of in options.items()} for _ in more),
+    ]
+
+
+def hypervolume(values: Sequence[Values], worst: Values) -> float:
+    """The area of (KL, share) that these dominate, up to the worst; KL in decades."""
+    area, least = 0.0, worst[0]
+    for divergence, share in sorted(values, key=lambda one: one[1]):
+        if divergence < least and share < worst[1]:
+            area += math.log10(least / max(LEAST, divergence)) * (worst[1] - share)
+            least = max(LEAST, divergence)
+    return area
+
+
+def contest(
+    space: Space, seen: Judge, unseen: Judge, trials: int, seed: int
+) -> dict[str, list[Values]]:
+    """By who found them, what the fronts of one seed are on unseen documents."""
+    with tempfile.TemporaryDirectory() as folder, closing(Trials(Path(folder) / "t")) as known:
+        searched = search(
+            space, lambda genes: seen(config_of(space, genes)), trials, known, seed=seed
+        )
+    by_chance = [
+        Trial(genes, seen(config_of(space, genes))) for genes in drawn(space, trials, seed)
+    ]
+    return {
+        who: [unseen(config_of(space, trial.genes)) for trial in front(tried)]
+        for who, tried in (("search", searched), ("chance", by_chance))
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("tuning", __doc__)
+    parser.add_model()
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a document")
+    parser.add_argument("--share", type=float, default=1 / 8, help="of it that presets attend to")
+    parser.add_argument("--steps", type=int, default=32, help="tokens of a document that are asked")
+    parser.add_argument("--trials", type=int, default=120, help="of the search, and of chance")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_output()
+    args = parser.parse_args(argv)
+    at_least(1, steps=args.steps, trials=args.trials, seeds=args.seeds)
+    at_least(2 * args.steps, context=args.context)
+    settle_pages(args.page_size)
+    sizes = sizes_of(args.context, args.share)
+    rows: dict[str, tuple[str, list[float]]] = {}
+    with workspace() as folder:
+        directory = model_of(args.model, folder)
+        teacher = Teacher(directory)
+        space = Space.of(HipConfig.load(vars(sizes)), teacher.layers)
+        ids = tokens_of(tokenizer_of(directory), held_out())
+        for seed in range(args.seeds):
+            # no document is in both
+            some = pieces(ids, args.context, 2 * PIECES, seed)
+            seen, unseen = (Judge(teacher, part, args.steps) for part in (some[::2], some[1::2]))
+            found = contest(space, seen, unseen, args.trials, seed)
+            presets = {name: unseen(config_of(space, {"preset": name})) for name in SPARSE_PRESETS}
+            for metric, unit, value in told(found, presets):
+                rows.setdefault(metric, (unit, []))[1].append(value)
+            print(f"seed {seed + 1} of {args.seeds}", file=sys.stderr, flush=True)
+    shape = {
+        "model": directory.resolve().name if args.model != "builtin" else args.model,
+        "context": args.context, "share": args.share, "steps": args.steps, "trials": args.trials,
+        "seeds": args.seeds, "page": PAGE_SIZE,
+    }  # fmt: skip
+    report(shape, rows, as_json=args.json, keep=args.save)
+    return 0
+
+
+def told(
+    found: dict[str, list[Values]], presets: dict[str, Values]
+) -> list[tuple[str, str, float]]:
+    """Metric, unit and value of one seed."""
+    worst = presets["paper"][0], 1.0
+    areas = {who: hypervolume(values, worst) for who, values in found.items()}
+    rows = [(f"hypervolume.{who}", "decades", area) for who, area in areas.items()]
+    rows.append(("hypervolume.ratio", "ratio", areas["search"] / areas["chance"]))
+    for name, preset in presets.items():
+        rows += [(f"{name}.kl", "nats", preset[0]), (f"{name}.read", "share", preset[1])]
+        better = [one for one in found["search"] if dominates(one, preset)]
+        rows.append((f"{name}.dominated_by", "configurations", len(better)))
+        # the nearest to dense of those that read no more
+        nearest = min(better, default=preset)
+        rows += [
+            (f"{name}.tuned.kl", "nats", nearest[0]),
+            (f"{name}.tuned.read", "share", nearest[1]),
+        ]
+    return rows
+
+
+def report(
+    shape: dict[str, Any],
+    rows: dict[str, tuple[str, list[float]]],
+    *,
+    as_json: bool,
+    keep: bool,
+) -> None:
+    """Print each metric of each seed, and keep the rows."""
+    for metric, (unit, values) in rows.items():
+        print(f"{metric:28s}{unit:>16s}" + "".join(f"{value:12.4g}" for value in values))
+    if keep:
+        print(f"saved to {save('tuning', shape, rows).name}", file=sys.stderr)
+    if as_json:
+        values = {metric: percentiles(of)[1] for metric, (_, of) in rows.items()}
+        print(json.dumps({"bench": "tuning", "config": shape, "values": values}))
