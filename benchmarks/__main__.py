@@ -49,12 +49,11 @@ METHODS = [
     ["--page-size", "16", "--own-prefill"],
     ["--page-size", "16", "--task", "multikey2", "--documents", "500"],
 ]
-# each has answers of its own
 EVALUATIONS = [
-    ("quotes,needle,multikey2", "4096", "20", ["--out", "eval-out/4K", "--hip-config", SHORT]),
-    ("quotes,needle", "16384", "10", ["--out", "eval-out/16K"]),
-    ("quotes", "65536,131072", "10", ["--out", "eval-out/quotes"]),
-    ("needle", "65536", "3", ["--out", "eval-out/needle"]),
+    ("quotes,needle,multikey2", "4096", "20", ["--hip-config", SHORT]),
+    ("quotes,needle", "16384", "10", []),
+    ("quotes", "65536,131072", "10", []),
+    ("needle", "65536", "3", []),
 ]
 PROFILES: dict[str, Plan] = {
     # small shapes: whether all of them work
@@ -113,9 +112,8 @@ def run(
         console.rule(f"{bench} {' '.join(arguments)}")
         began = time.monotonic()
         more = ["--out", str(ROOT / "benchmarks" / "results")] if bench == GPU else ["--save"]
-        code = subprocess.run(
-            [*command(bench), *arguments, *more], cwd=ROOT, check=False
-        ).returncode
+        with command(bench) as program:
+            code = subprocess.run([*program, *arguments, *more], cwd=ROOT, check=False).returncode
         console.print(f"{bench}: exit code {code} after {time.monotonic() - began:.0f} s")
         failed += code != 0
     raise typer.Exit(1 if failed else 0)
@@ -177,26 +175,34 @@ def chosen(name: str, profile: str) -> Plan:
     return plan
 
 
-def command(bench: str) -> list[str]:
+@contextmanager
+def command(bench: str) -> Iterator[list[str]]:
     if bench == GPU:
-        return [sys.executable, str(ROOT / "benchmarks" / GPU)]
+        yield [sys.executable, str(ROOT / "benchmarks" / GPU)]
+        return
     # the program, of whatever commit is first on the path
     program = [sys.executable, "-c", "from hip_sglang.cli import main; main()"]
-    return [*program, EVAL] if bench == EVAL else [*program, "bench", bench]
+    if bench != EVAL:
+        yield [*program, "bench", bench]
+        return
+    # answers that another commit gave are none of ours
+    with tempfile.TemporaryDirectory() as folder:
+        yield [*program, EVAL, "--out", folder]
 
 
 def values_of(bench: str, arguments: list[str], place: Path) -> dict[str, float]:
     """What a benchmark says in its last line, numbers only, by path."""
     paths = [str(place / part) for part in ("", "kernels", "cluster")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [*command(bench), *arguments, "--json"],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    with command(bench) as program:
+        done = subprocess.run(
+            [*program, *arguments, "--json"],
+            cwd=place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     told = json.loads(done.stdout.strip().splitlines()[-1])
     return dict(numbers({key: told.get(key, {}) for key in ("ratios", "values")}))
 

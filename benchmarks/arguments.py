@@ -10,8 +10,7 @@ from typing import NoReturn
 
 from hip_kernels.page_size import PAGE_SIZES, VARIABLE, page_size
 
-from hip_sglang.demo.model import write_model
-from hip_sglang.tune.start import BUILTIN
+from hip_sglang.demo.model import BUILTIN, write_model
 
 TRAINED = "trained"
 
@@ -57,6 +56,11 @@ def model_of(name: str, folder: Path) -> Path:
         return Path(name)
     write_model(folder / "model")
     return folder / "model"
+
+
+def name_of(model: str) -> str:
+    """As rows have it."""
+    return model if model in (BUILTIN, TRAINED) else Path(model).resolve().name
 
 
 def at_least(least: int, **values: int) -> None:

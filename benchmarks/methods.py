@@ -16,17 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hip_kernels.layout import PAGE_SIZE
-
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.tune.judge import plans_of
 from hip_sglang.tune.run import pieces
-from hip_sglang.tune.start import BUILTIN, tokens_of
+from hip_sglang.tune.start import tokens_of
 from hip_sglang.tune.teacher import Teacher, divergence
 
-from .arguments import TRAINED, Parser, at_least, model_of, settle_pages
+from .arguments import TRAINED, Parser, at_least, model_of, name_of, settle_pages
 from .contest import CONTESTS, Asked, Contestant, contestants, sizes_of
 from .evaluate.intervals import of_difference
 from .rows import percentiles, save
@@ -108,10 +106,10 @@ def main(argv: list[str]) -> int:
         contest = contestants(args.contest, sizes, teacher, own_prefill=args.own_prefill)
         samples = run(teacher, asked, contest, own_prefill=args.own_prefill)
     shape = {
-        "model": args.model if args.model == BUILTIN else directory.resolve().name,
+        "model": name_of(args.model),
         "contest": args.contest, "task": args.task, "context": args.context, "share": args.share,
         "steps": None if args.task else args.steps, "documents": args.documents,
-        "own_prefill": args.own_prefill, "page": PAGE_SIZE, "seed": args.seed, "sizes": vars(sizes),
+        "own_prefill": args.own_prefill, "seed": args.seed, "sizes": vars(sizes),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0

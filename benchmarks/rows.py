@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hip_kernels.page_size import page_size
 
 from hip_sglang.provenance import accelerator, cores, git_sha, processor, versions
 
@@ -37,7 +38,12 @@ def provenance() -> dict[str, str]:
 
 
 def save(bench: str, config: dict[str, Any], metrics: dict[str, tuple[str, list[float]]]) -> Path:
-    """Append a row a metric (unit, samples) to ``results/<bench>.csv``."""
+    """Append a row a metric (unit, samples) to ``results/<bench>.csv``.
+
+    Where pages are not of 64, the configuration says so.
+    """
+    if page_size() != 64:
+        config = {**config, "page": page_size()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{bench}.csv"
     origin = provenance()

@@ -1,10 +1,10 @@
 """Does a search find more than chance does, and more than the presets are?
 
 From the presets' settings, with sink, window and budget a share of the context, `hip-sglang tune`'s
-search and random draws try as many configurations, and begin with the same ones. What neither is
-worse than is judged again on documents that nobody has seen: the hypervolume of each front, in
-decades of KL divergence below that of the published search times the share of the KV that need not
-be read; and whether one point reads less than a preset and is nearer to dense.
+search and random draws try as many configurations, and begin with the same ones. Their fronts are
+judged again on documents that neither has seen: the hypervolume of each, in decades of KL
+divergence below that of the published search times the share of the KV that need not be read; and
+whether what was better than a preset in both is so there, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from hip_kernels.layout import PAGE_SIZE
-
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.vocabulary import tokenizer_of
 from hip_sglang.tune.judge import Judge
@@ -30,7 +28,7 @@ from hip_sglang.tune.space import Genes, Space
 from hip_sglang.tune.start import tokens_of
 from hip_sglang.tune.teacher import Teacher
 
-from .arguments import Parser, at_least, model_of, settle_pages
+from .arguments import Parser, at_least, model_of, name_of, settle_pages
 from .contest import sizes_of
 from .rows import percentiles, save
 from .serve import workspace
@@ -61,21 +59,16 @@ def hypervolume(values: Sequence[Values], worst: Values) -> float:
     return area
 
 
-def contest(
-    space: Space, seen: Judge, unseen: Judge, trials: int, seed: int
-) -> dict[str, list[Values]]:
-    """By who found them, what the fronts of one seed are on unseen documents."""
+def fronts(space: Space, judge: Judge, trials: int, seed: int) -> dict[str, list[Trial]]:
+    """By who found them."""
     with tempfile.TemporaryDirectory() as folder, closing(Trials(Path(folder) / "t")) as known:
         searched = search(
-            space, lambda genes: seen(config_of(space, genes)), trials, known, seed=seed
+            space, lambda genes: judge(config_of(space, genes)), trials, known, seed=seed
         )
     by_chance = [
-        Trial(genes, seen(config_of(space, genes))) for genes in drawn(space, trials, seed)
+        Trial(genes, judge(config_of(space, genes))) for genes in drawn(space, trials, seed)
     ]
-    return {
-        who: [unseen(config_of(space, trial.genes)) for trial in front(tried)]
-        for who, tried in (("search", searched), ("chance", by_chance))
-    }
+    return {"search": front(searched), "chance": front(by_chance)}
 
 
 def main(argv: list[str]) -> int:
@@ -98,43 +91,54 @@ def main(argv: list[str]) -> int:
         teacher = Teacher(directory)
         space = Space.of(HipConfig.load(vars(sizes)), teacher.layers)
         ids = tokens_of(tokenizer_of(directory), held_out())
+        middle = len(ids) // 2
         for seed in range(args.seeds):
-            # no document is in both
-            some = pieces(ids, args.context, 2 * PIECES, seed)
-            seen, unseen = (Judge(teacher, part, args.steps) for part in (some[::2], some[1::2]))
-            found = contest(space, seen, unseen, args.trials, seed)
-            presets = {name: unseen(config_of(space, {"preset": name})) for name in SPARSE_PRESETS}
-            for metric, unit, value in told(found, presets):
+            seen, unseen = (
+                Judge(teacher, pieces(part, args.context, PIECES, seed), args.steps)
+                for part in (ids[:middle], ids[middle:])
+            )
+            found = fronts(space, seen, args.trials, seed)
+            for metric, unit, value in told(space, found, seen, unseen):
                 rows.setdefault(metric, (unit, []))[1].append(value)
             print(f"seed {seed + 1} of {args.seeds}", file=sys.stderr, flush=True)
     shape = {
-        "model": directory.resolve().name if args.model != "builtin" else args.model,
+        "model": name_of(args.model),
         "context": args.context, "share": args.share, "steps": args.steps, "trials": args.trials,
-        "seeds": args.seeds, "page": PAGE_SIZE,
+        "seeds": args.seeds,
     }  # fmt: skip
     report(shape, rows, as_json=args.json, keep=args.save)
     return 0
 
 
 def told(
-    found: dict[str, list[Values]], presets: dict[str, Values]
+    space: Space, found: dict[str, list[Trial]], seen: Judge, unseen: Judge
 ) -> list[tuple[str, str, float]]:
     """Metric, unit and value of one seed."""
-    worst = presets["paper"][0], 1.0
-    areas = {who: hypervolume(values, worst) for who, values in found.items()}
+    genes: dict[str, Genes] = {name: {"preset": name} for name in SPARSE_PRESETS}
+    known, there = (
+        {name: judge(config_of(space, preset)) for name, preset in genes.items()}
+        for judge in (seen, unseen)
+    )
+    worst = there["paper"][0], 1.0
+    areas = {
+        who: hypervolume([unseen(config_of(space, trial.genes)) for trial in trials], worst)
+        for who, trials in found.items()
+    }
     rows = [(f"hypervolume.{who}", "decades", area) for who, area in areas.items()]
-    rows.append(("hypervolume.ratio", "ratio", areas["search"] / areas["chance"]))
-    for name, preset in presets.items():
-        rows += [(f"{name}.kl", "nats", preset[0]), (f"{name}.read", "share", preset[1])]
-        better = [one for one in found["search"] if dominates(one, preset)]
-        rows.append((f"{name}.dominated_by", "configurations", len(better)))
-        # the nearest to dense of those that read no more
-        nearest = min(better, default=preset)
-        rows += [
-            (f"{name}.tuned.kl", "nats", nearest[0]),
-            (f"{name}.tuned.read", "share", nearest[1]),
-        ]
+    rows.append(("hypervolume.ratio", "ratio", areas["search"] / max(LEAST, areas["chance"])))
+    for name in SPARSE_PRESETS:
+        rows += [(f"{name}.kl", "nats", there[name][0]), (f"{name}.read", "share", there[name][1])]
+        chosen = nearest(found["search"], known[name])
+        now = there[name] if chosen is None else unseen(config_of(space, chosen.genes))
+        rows += [(f"{name}.tuned.kl", "nats", now[0]), (f"{name}.tuned.read", "share", now[1])]
+        rows.append((f"{name}.dominated", "share", float(dominates(now, there[name]))))
     return rows
+
+
+def nearest(found: list[Trial], preset: Values) -> Trial | None:
+    """The nearest to dense of those that are better than a preset in both."""
+    better = [trial for trial in found if dominates(trial.values, preset)]
+    return min(better, key=lambda trial: trial.values[0], default=None)
 
 
 def report(

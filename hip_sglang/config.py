@@ -88,7 +88,7 @@ class LayerPlan:
     """What one layer does: which queries prune, and how."""
 
     pages: SparsePlan
-    means: int  # mean keys a page: 4 of 16 tokens, or 1
+    means: int  # mean keys a page: 4 of a quarter each, or 1
     sparse_from: int | None  # prefill blocks at this position or later prune; None: never
     sparse_decode_from: int | None  # the same of decode steps
     nodes_from: int | None  # sparse queries at this position or later search through nodes
@@ -183,7 +183,7 @@ class HipConfig(BaseModel):
         default=True,
         strict=True,
         description="estimate pages by the mean keys of their quarters: finer, for 2% more KV "
-        "memory",
+        "memory (in pages of 64)",
     )
     second_look: Tokens = Field(
         default=2,
@@ -194,7 +194,7 @@ class HipConfig(BaseModel):
     node_threshold: Tokens = Field(
         default=262144,
         ge=0,
-        description="sparse queries at positions from this on weigh nodes of 512 tokens first, and "
+        description="sparse queries at positions from this on weigh nodes of 8 pages first, and "
         "then the pages of the heaviest ones; below, every page. Rounded up to whole nodes",
     )
     beam: Tokens = Field(

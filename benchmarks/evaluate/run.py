@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hip_kernels.page_size import page_size
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -102,6 +103,7 @@ class Evaluation:
             "seed": self.seed,
             "doc": None if self.text is None else _digest(self.text.encode()),
             "hip_config": read(self.hip_config)[0],
+            **({"page": page_size()} if page_size() != 64 else {}),
             "version": versions("hip-sglang")["hip-sglang"],
         }
 

@@ -11,7 +11,7 @@ from hip_kernels.layout import Remainder
 from hip_kernels.select.weigh import spread
 from matplotlib.figure import Figure
 
-from .saved import Run, runs
+from .saved import Run, page_of, runs
 
 STYLE = {"font.family": "DejaVu Sans", "font.size": 9}
 GUARDS: dict[Remainder, tuple[str, str]] = {
@@ -45,7 +45,7 @@ def draw_methods(path: Path) -> None:
     for run in runs("methods"):
         config = run[0]
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
-            title = f"{config['model']}, {config['context']:,} tokens, pages of {config['page']}"
+            title = f"{config['model']}, {config['context']:,} tokens, pages of {page_of(config)}"
             panels[title].append(run)
     # a line takes three points
     panels = {title: found for title, found in panels.items() if len(found) > 2}

@@ -43,6 +43,11 @@ def where(row: dict[str, str]) -> str:
     return f"{row['machine']}, {row['cores']} cores; {row['date']}, {row['git_sha']}"
 
 
+def page_of(config: dict[str, Any]) -> int:
+    """Tokens of a page."""
+    return int(config.get("page", 64))
+
+
 def ratio(row: dict[str, str]) -> str:
     low, middle, high = (float(row[p]) for p in ("p20", "p50", "p80"))
     return f"**{middle:.1f}x** ({low:.1f}-{high:.1f})"

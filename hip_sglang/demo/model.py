@@ -21,6 +21,8 @@ from hip_sglang.demo.vocabulary import (
     train_tokenizer,
 )
 
+# what command lines call it
+BUILTIN = "builtin"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from hip_kernels.layout import PAGE_SIZE
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hip_sglang.demo.report import RunResult
-from hip_sglang.demo.selections import PAGE_TOKENS, DecodeStep
+from hip_sglang.demo.selections import DecodeStep
 
 _SINK_AND_WINDOW = "#9aa5b1"
 _HEADS = ("#1f77b4", "#e07b00", "#2ca02c", "#9467bd")
@@ -31,7 +32,7 @@ def draw_selections(path: Path, run: RunResult, trace: Mapping[str, Sequence[Dec
     page, the stronger its color. Where KV is offloaded, a mark below a page says that some step
     had to fetch it.
     """
-    answers, pages = run.answers, -(-run.document_tokens // PAGE_TOKENS)
+    answers, pages = run.answers, -(-run.document_tokens // PAGE_SIZE)
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
         figure = Figure(figsize=(13, 1.9 + 0.5 * len(answers)), dpi=150, layout="constrained")
         axes = figure.subplots()
@@ -43,7 +44,7 @@ def draw_selections(path: Path, run: RunResult, trace: Mapping[str, Sequence[Dec
             heads = max([heads, *(len(step.chosen) for step in steps)])
             axes.barh(row, pages, height=0.8, left=0, color=_PAPER, zorder=0)
             _draw_row(axes, row, steps, pages)
-            target = answer.quote.target / PAGE_TOKENS
+            target = answer.quote.target / PAGE_SIZE
             axes.plot(target, row - 0.49, marker="v", color=_TARGET, markersize=7, zorder=5)
             axes.text(
                 1.008,
@@ -58,10 +59,10 @@ def draw_selections(path: Path, run: RunResult, trace: Mapping[str, Sequence[Dec
         axes.set_ylim(len(answers) - 0.4, -0.75)
         axes.set_xlim(0, pages)
         ticks = np.linspace(0, pages, 9)
-        axes.set_xticks(ticks, [f"{tick * PAGE_TOKENS / 1024:.0f}K" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick * PAGE_SIZE / 1024:.0f}K" for tick in ticks])
         axes.set_xlabel(
             f"position in the document (tokens); "
-            f"a page of {PAGE_TOKENS} is the stronger, the more decode steps chose it"
+            f"a page of {PAGE_SIZE} is the stronger, the more decode steps chose it"
         )
         axes.set_ylabel("where the quote was taken from")
         axes.set_title(_title(run, trace), loc="left", weight="bold", fontsize=12, pad=30)

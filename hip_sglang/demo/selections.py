@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class DecodeStep:

@@ -134,6 +134,7 @@ def build_backend(runner: Any) -> Any:
 
     # ranks do not repeat the resolution, and each has hooks of its own
     check_loaded()
+    requirements.check_page_size(runner.page_size)
     requirements.check_kv_dtype(runner.kv_cache_dtype)
     requirements.check_layers(runner.model, runner.model_config.context_len)
     return HipAttentionBackend(runner, doors.config_of(runner.server_args))

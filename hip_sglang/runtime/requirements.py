@@ -63,10 +63,16 @@ def check_arguments(args: Any) -> None:
             f"share its page summaries; give --attention-backend {BACKEND}, and --hip-preset "
             "quality for dense prefill"
         )
-    if args.page_size not in (None, PAGE_SIZE):
+    if args.page_size is not None:
+        check_page_size(args.page_size)
+
+
+def check_page_size(given: int) -> None:
+    """Refuse pages that are not this process's: a rank's machine may say otherwise."""
+    if given != PAGE_SIZE:
         raise UnsupportedError(
-            f"{BACKEND} works in pages of {PAGE_SIZE} tokens, not --page-size {args.page_size}; "
-            f"leave --page-size out, and set {VARIABLE} where 16 or 32 are wanted"
+            f"{BACKEND} works in pages of {PAGE_SIZE} tokens here, not --page-size {given}; leave "
+            f"--page-size out, and give {VARIABLE} (16, 32 or 64) to all processes"
         )
 
 

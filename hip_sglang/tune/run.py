@@ -48,6 +48,7 @@ class Settings:
     long: int  # and of those that decide
     steps: int  # decode steps of each
     seed: int
+    page: int  # tokens of one
     hip: dict[str, Any]  # the configuration to start from
 
 

@@ -26,7 +26,7 @@ class Space:
     """Per group of layers a budget, ``top_p``, ``refresh``, or dense altogether; and a second look.
 
     A second look is for all layers, and not searched for where the strategy has none. With offload
-    neither is it, nor are dense layers: both read keys all over the host's memory.
+    neither it nor dense layers are: both read keys all over the host's memory.
     """
 
     base: HipConfig

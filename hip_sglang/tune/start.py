@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from hip_kernels.layout import PAGE_SIZE
+
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.corpus import library_text, read_text
-from hip_sglang.demo.model import write_model
+from hip_sglang.demo.model import BUILTIN, write_model
 from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.explain import parse_lengths
 from hip_sglang.tune.run import PIECES, Settings, run_tune
 from hip_sglang.tune.teacher import Teacher
 
-BUILTIN = "builtin"
 # of Python's library: tokens have some three characters
 LIBRARY_CHARACTERS = 24
 
@@ -53,6 +54,7 @@ def start(
         long=long,
         steps=steps,
         seed=seed,
+        page=PAGE_SIZE,
         hip=base.model_dump(mode="json", exclude_unset=True),
     )
     return run_tune(teacher, tokens_of(tokenizer_of(directory), texts), settings, trials, out)

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.tuning import drawn, hypervolume, main, told
+from benchmarks.tuning import drawn, hypervolume, main, nearest
 from hip_sglang.config import HipConfig
+from hip_sglang.tune.search import Trial
 from hip_sglang.tune.space import Space
 
 
@@ -30,16 +31,11 @@ def test_chance_begins_where_the_search_does() -> None:
     assert all(genes[name] in of for genes in more for name, of in space.options().items())
 
 
-def test_a_preset_is_dominated_by_what_is_better_in_both() -> None:
-    found = {"search": [(0.1, 0.1), (0.01, 0.2), (0.001, 0.4)], "chance": [(0.1, 0.3)]}
-    rows = {
-        name: value for name, _, value in told(found, {"balanced": (0.02, 0.3), "paper": (1, 0.05)})
-    }
-    assert rows["balanced.dominated_by"] == 1
-    assert (rows["balanced.tuned.kl"], rows["balanced.tuned.read"]) == (0.01, 0.2)
-    assert rows["paper.dominated_by"] == 0
-    assert (rows["paper.tuned.kl"], rows["paper.tuned.read"]) == (1, 0.05)
-    assert rows["hypervolume.ratio"] == pytest.approx((0.9 + 0.8 + 0.6) / 0.7)
+def test_the_nearest_of_what_is_better_in_both() -> None:
+    found = [Trial({"n": n}, of) for n, of in enumerate([(0.1, 0.1), (0.01, 0.2), (0.001, 0.4)])]
+    assert nearest(found, (0.02, 0.3)) == found[1]
+    assert nearest(found, (0.2, 0.3)) == found[1]
+    assert nearest(found, (1.0, 0.05)) is None
 
 
 def test_a_small_run(capsys: pytest.CaptureFixture[str]) -> None:

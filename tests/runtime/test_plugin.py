@@ -146,7 +146,7 @@ def test_request_rows_stay_below_a_gibibyte(parse):
         (["--enable-hisparse"], "HiSparse"),
         (["--dllm-algorithm", "LowConfidence"], "diffusion language models"),
         (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype nvfp4; use auto"),
-        (["--page-size", "16"], "not --page-size 16; leave --page-size out, and set"),
+        (["--page-size", "16"], "not --page-size 16; leave --page-size out, and give"),
         (["--chunked-prefill-size", "100"], "use a multiple of 64"),
         (["--decode-attention-backend", "triton"], "prefill=hip_attention with decode=triton"),
         (["--prefill-attention-backend", "torch_native"], "must serve both phases"),

@@ -137,7 +137,7 @@ def _attend_exactly(
             VALUE_WIDTH=value_width,
             BLOCK=triton.next_power_of_2(width),
             VALUE_BLOCK=triton.next_power_of_2(value_width),
-            KEYS=KEYS if max(width, value_width) <= 128 else KEYS // 2,
+            KEYS=min(PAGE_SIZE, KEYS if max(width, value_width) <= 128 else KEYS // 2),
             num_warps=4 if max(width, value_width) <= 128 else 8,
             num_stages=2,
             maxnreg=255,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from hip_kernels.layout import GUARDS, PAGE_SIZE, SparsePlan, Summaries
 from hip_kernels.select.triton import part_logits
-from hip_kernels.tiles import load_rows, soft_capped
+from hip_kernels.tiles import LEAST_ROWS, load_rows, soft_capped
 
 # pages that one step weighs: of four means each they are one product of 64 columns
 TILE = 16
@@ -30,7 +30,7 @@ def tiling(summaries: Summaries, plan: SparsePlan, *, values: int = 0) -> dict[s
         "CAPS": plan.logit_cap > 0,
         "WIDTH": width,
         "BLOCK": triton.next_power_of_2(width),
-        "ROWS": PAGE_SIZE // (4 if mixes else 2) if wide else PAGE_SIZE,
+        "ROWS": max(LEAST_ROWS, PAGE_SIZE // (4 if mixes else 2)) if wide else PAGE_SIZE,
         # fewer pages are no product with values
         "TILE": TILE // 2 if wide and not mixes else TILE,
         "num_warps": 8,
