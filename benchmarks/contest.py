@@ -22,7 +22,8 @@ OURS: Overrides = {
     "ours, pruned dropped": {"remainder": "none"},
     "ours, by means": {"remainder": "mean"},
     "ours": {},
-    "ours, top_p 0.95": {"top_p": 0.95},
+    "ours, second look of 4": {"second_look": 4},
+    "ours, second look of 8": {"second_look": 8},
 }
 ABLATIONS: Overrides = {
     "as it is": {},
@@ -35,6 +36,9 @@ ABLATIONS: Overrides = {
     "second_look: 0": {"second_look": 0},
     "second_look: 1": {"second_look": 1},
     "second_look: 4": {"second_look": 4},
+    "second_look: 8": {"second_look": 8},
+    "top_p: 0.95": {"top_p": 0.95},
+    "top_p: 0.9": {"top_p": 0.9},
     "refresh: 2": {"refresh": 2},
     "refresh: 4": {"refresh": 4},
     "refresh: 8": {"refresh": 8},
