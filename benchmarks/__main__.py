@@ -42,12 +42,16 @@ LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}'
 # pages of 64 are a handful at this length: 16 first, where everything is a share of the context
 METHODS = [
     *(["--page-size", "16", "--share", share] for share in ("0.03125", "0.0625", "0.125", "0.25")),
-    *(["--page-size", size] for size in ("32", "64")),
+    ["--page-size", "32"],
+    *(["--page-size", "64", "--share", share] for share in ("0.0625", "0.125", "0.25")),
     # as many tokens at any length
     *(["--page-size", "16", "--context", f"{256 * n}", "--share", f"{1 / n}"] for n in (4, 8)),
     ["--page-size", "16", "--contest", "ablation"],
     ["--page-size", "16", "--own-prefill"],
-    ["--page-size", "16", "--task", "multikey2", "--documents", "500"],
+    *(
+        ["--page-size", "16", "--task", "multikey2", "--documents", documents, "--share", share]
+        for documents, share in (("500", "0.125"), ("60", "0.0625"), ("60", "0.25"))
+    ),
 ]
 EVALUATIONS = [
     ("quotes,needle,multikey2", "4096", "20", ["--hip-config", SHORT]),

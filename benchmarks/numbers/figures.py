@@ -44,9 +44,10 @@ def draw_methods(path: Path) -> None:
     panels: dict[str, list[Run]] = defaultdict(list)
     for run in runs("methods"):
         config = run[0]
-        if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
-            title = f"{config['model']}, {config['context']:,} tokens, pages of {page_of(config)}"
-            panels[title].append(run)
+        if config["contest"] == "methods" and not config["own_prefill"]:
+            asked = config["task"] or "texts"
+            model = f"{config['model']}, pages of {page_of(config)}"
+            panels[f"{asked}, {config['context']:,} tokens\n{model}"].append(run)
     # a line takes three points
     panels = {title: found for title, found in panels.items() if len(found) > 2}
     if not panels:
