@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +131,32 @@ def test_on_a_trained_model_ours_is_nearer_to_dense_than_what_does_not_read_all_
     others = {*kept.METHODS, "HiP as published"} - {"oracle"}
     assert found["ours"]["kl"] < min(found[name]["kl"] for name in others)
     assert found["ours"]["kl"] < found["HiP as published"]["kl"] / 2
+
+
+def in_pages_of_16(*arguments: str) -> dict[str, dict[str, float]]:
+    """Of a process of its own: pages have one size from its start."""
+    program = [sys.executable, "-c", "from hip_sglang.cli import main; main()", "bench", "methods"]
+    more = ["--model", "trained", "--page-size", "16", "--json"]
+    done = subprocess.run([*program, *arguments, *more], stdout=subprocess.PIPE, check=True)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told["values"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", ["3", "4"])
+def test_an_eighth_in_pages_of_16_says_what_dense_says(seed: str) -> None:
+    found = in_pages_of_16("--documents", "6", "--seed", seed)
+    assert found["ours"]["kl"] < found["HiP as published"]["kl"] / 5
+    # what is dropped counts, even where the best tokens are known
+    assert found["ours, second look of 8"]["kl"] < found["oracle"]["kl"]
+
+
+@pytest.mark.soak
+def test_an_eighth_in_pages_of_16_tells_keys_apart_as_dense_does() -> None:
+    found = in_pages_of_16("--documents", "40", "--task", "multikey2", "--seed", "3")
+    assert found["dense"]["right"] > 0.5
+    assert found["ours"]["right"] > found["dense"]["right"] - 0.06
+    assert found["HiP as published"]["right"] < 0.1
 
 
 @pytest.mark.soak
