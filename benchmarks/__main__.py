@@ -84,7 +84,7 @@ PROFILES: dict[str, Plan] = {
             ["--seeds", "0", "--model", *(f"--hip-config={config}" for config in LOOKS)],
         ),
         *(("methods", ["--model", "trained", "--documents", "20", *more]) for more in METHODS),
-        ("tuning", ["--model", "trained", "--page-size", "16"]),
+        *(("tuning", ["--model", "trained", "--page-size", size]) for size in ("64", "16")),
         *(
             ("methods", ["--task", task, "--context", "16384", "--documents", "20"])
             for task in ("quotes", "needle")
