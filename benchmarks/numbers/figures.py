@@ -20,6 +20,8 @@ GUARDS: dict[Remainder, tuple[str, str]] = {
     "log_cosh": ("tab:green", "log_cosh: exact for two points a channel"),
     "harmonic": ("tab:blue", "harmonic, the default"),
 }
+# a method each
+COLORS = [*matplotlib.colormaps["tab20"].colors[::2], *matplotlib.colormaps["tab20"].colors[1::2]]
 # what is exactly dense has no logarithm
 LEAST = 1e-7
 
@@ -59,6 +61,7 @@ def draw_methods(path: Path) -> None:
             panels.items(),
             strict=True,
         ):
+            axes.set_prop_cycle(color=COLORS)
             for name, points in curves(found).items():
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
             axes.set(yscale="log", xlabel="share of the KV that a step reads", title=title)

@@ -98,15 +98,20 @@ def overview_block() -> list[str]:
         "ours", "ours, pruned dropped", "HiP as published", "InfiniteHiP", "Quest", "oracle",
     )  # fmt: skip
     rows = []
-    for config, row, metrics in runs("methods"):
+    for config, row, metrics in sorted(runs("methods"), key=lambda run: shape_of(run[0])):
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
             kl = (float(metrics[f"{name}.kl.mean"]["p50"]) for name in shown)
             shape = [config["model"], f"{config['context']:,}", f"{config['share']:.1%}"]
             read = f"{float(metrics['ours.read.mean']['p50']):.1%}"
-            cells = [*shape, str(config["page"]), read, *(f"{one:.2g}" for one in kl)]
+            cells = [*shape, str(page_of(config)), read, *(f"{one:.2g}" for one in kl)]
             rows.append([*cells, where(row)])
     head = ["model", "tokens", "attended exactly", "page", "ours reads", *shown, "where"]
     return [table(head, rows)] if rows else []
+
+
+def shape_of(config: dict[str, Any]) -> tuple[str, int, int, float]:
+    """What runs are put in order by."""
+    return config["model"], -config["context"], page_of(config), config["share"]
 
 
 def methods_words(config: dict[str, Any]) -> str:
