@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, default=4096, help="tokens of a document")
     parser.add_argument("--share", type=float, default=1 / 8, help="of it that presets attend to")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a document that are asked")
-    parser.add_argument("--trials", type=int, default=120, help="of the search, and of chance")
+    parser.add_argument("--trials", type=int, default=240, help="of the search, and of chance")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_output()
     args = parser.parse_args(argv)

@@ -128,6 +128,7 @@ class LayerGroup(BaseModel):
     budget: Budget | None = Field(default=None, description="as for all layers")
     top_p: Share | None = Field(default=None, description="as for all layers")
     refresh: Refresh | None = Field(default=None, description="as for all layers")
+    second_look: Tokens | None = Field(default=None, ge=0, description="as for all layers")
 
 
 class HipConfig(BaseModel):
@@ -172,7 +173,7 @@ class HipConfig(BaseModel):
         default=(), description="layers that never prune, by number; the first is 0"
     )
     per_layer: tuple[LayerGroup, ...] = Field(
-        default=(), description="layers with a budget, top_p or refresh of their own"
+        default=(), description="layers with a budget, top_p, refresh or second_look of their own"
     )
     strategy: Strategy = Field(
         default="summary",
@@ -313,7 +314,7 @@ class HipConfig(BaseModel):
     def start(self) -> int:
         """The position from which on queries are sparse, where they are."""
         # where the exact pages hold all of the context, pruning would keep everything
-        exact = self._sized(self.largest_budget).exact_pages
+        exact = self._sized({"budget": self.largest_budget}).exact_pages
         return max(self.dense_threshold, exact * PAGE_SIZE)
 
     @property
@@ -329,7 +330,7 @@ class HipConfig(BaseModel):
     @property
     def has_kernels(self) -> bool:
         """Whether a GPU's kernels prune so; elsewise torch does."""
-        return self._sized(self.budget).has_kernels
+        return self._sized({}).has_kernels
 
     @property
     def nodes_from(self) -> int | None:
@@ -361,7 +362,7 @@ class HipConfig(BaseModel):
         own = next((group for group in self.per_layer if layer_id in group.layers), None)
         given = {} if own is None else own.model_dump(exclude_none=True)
         return LayerPlan(
-            pages=self._sized(given.get("budget", self.budget), given.get("top_p")),
+            pages=self._sized(given),
             means=SUB_PAGES if self.sub_page_means else 1,
             sparse_from=None if dense or self.prefill == "dense" else self.start,
             sparse_decode_from=None if dense or self.decode == "dense" else self.start,
@@ -375,15 +376,15 @@ class HipConfig(BaseModel):
         # every page of a choice that is used again may be of another node
         return nodes if self.refreshes == {1} else max(nodes, self.largest_budget // PAGE_SIZE)
 
-    def _sized(self, budget: int, top_p: float | None = None) -> SparsePlan:
-        """The plan of layers with this budget, in tokens."""
+    def _sized(self, own: Mapping[str, Any]) -> SparsePlan:
+        """The plan of layers that have some settings of their own."""
         return SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
-            budget_pages=budget // PAGE_SIZE,
+            budget_pages=own.get("budget", self.budget) // PAGE_SIZE,
             remainder=self.remainder,
-            second_look=self.second_look,
+            second_look=own.get("second_look", self.second_look),
             strategy=self.strategy,
             beam=self._beam_nodes,
-            top_p=self.top_p if top_p is None else top_p,
+            top_p=own.get("top_p", self.top_p),
         )

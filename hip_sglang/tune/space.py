@@ -18,15 +18,17 @@ MOST_GROUPS = 8
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 SHARES = (1.0, 0.99, 0.95, 0.9)
 REFRESHES = (1, 2, 4, 8)
-LOOKS = (0, 1, 2, 4, 8)
+LOOKS = (0, 1, 2, 3, 4, 6, 8)
+# what layers can have of their own
+OWN = ("budget", "top_p", "refresh", "second_look")
 
 
 @dataclass(frozen=True)
 class Space:
-    """Per group of layers a budget, ``top_p``, ``refresh``, or dense altogether; and a second look.
+    """Per group of layers a budget, ``top_p``, ``refresh`` and second look, or dense altogether.
 
-    A second look is for all layers, and not searched for where the strategy has none. With offload
-    neither it nor dense layers are: both read keys all over the host's memory.
+    A second look is not searched for where the strategy has none. With offload neither it nor dense
+    layers are: both read keys all over the host's memory.
     """
 
     base: HipConfig
@@ -50,22 +52,27 @@ class Space:
     def options(self) -> dict[str, Sequence[Any]]:
         """What each gene can be."""
         budgets = sorted({max(PAGE_SIZE, int(self.base.budget * scale)) for scale in SCALES})
-        dense = (False, True) if self.base.offload is None else (False,)
-        choices = {"budget": budgets, "top_p": SHARES, "refresh": REFRESHES, "dense": dense}
-        found: dict[str, Sequence[Any]] = {
+        resident = self.base.offload is None
+        looks = resident and self.base.strategy == "summary"
+        choices = {
+            "budget": budgets,
+            "top_p": SHARES,
+            "refresh": REFRESHES,
+            "second_look": sorted(
+                {*LOOKS, self.base.second_look} if looks else {self.base.second_look}
+            ),
+            "dense": (False, True) if resident else (False,),
+        }
+        return {
             f"{name}.{group}": options
             for group in range(len(self.groups))
             for name, options in choices.items()
         }
-        if self.base.offload is None and self.base.strategy == "summary":
-            found["second_look"] = sorted({*LOOKS, self.base.second_look})
-        return found
 
     def uniform(self) -> list[Genes]:
         """What is the same for all layers, and one would try by hand; first what is given."""
         options = self.options()
-        names = ("budget", "top_p", "refresh", "second_look")
-        own = {name: getattr(self.base, name) for name in names}
+        own = {name: getattr(self.base, name) for name in OWN}
         plain = {"dense": False, **own}
         changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
         changes += [{"budget": budget} for budget in options["budget.0"]]
@@ -89,9 +96,6 @@ class Space:
             if genes[f"dense.{number}"]:
                 dense += layers
                 continue
-            names = ("budget", "top_p", "refresh")
-            own.append({"layers": layers, **{name: genes[f"{name}.{number}"] for name in names}})
+            own.append({"layers": layers, **{name: genes[f"{name}.{number}"] for name in OWN}})
         given = self.base.model_dump(exclude_unset=True)
-        if "second_look" in genes:
-            given["second_look"] = genes["second_look"]
         return HipConfig.load({**given, "dense_layers": dense, "per_layer": own, **more})

@@ -46,7 +46,7 @@ def test_genes_become_a_configuration() -> None:
     assert [config.layer_plan(n).pages.budget_pages for n in range(12)] == [16] * 12
     layers = SPACE.groups[3]
     changed = SPACE.config(
-        {**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4, "second_look": 8}
+        {**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4, "second_look.3": 8}
     )
     assert changed.layer_plan(layers[0]).pages.second_look == 8
     assert set(changed.dense_layers) == set(SPACE.groups[0])
@@ -60,9 +60,8 @@ def test_a_second_look_is_not_searched_for_where_there_should_be_none(
     config: dict[str, object],
 ) -> None:
     space = Space.of(HipConfig.load(config), layers=2)
-    assert "second_look" not in space.options()
-    looks = {space.config(genes).second_look for genes in space.uniform()}
-    assert looks == {HipConfig.load(config).second_look}
+    plans = [space.config(genes).layer_plan(0) for genes in space.uniform()]
+    assert {plan.pages.second_look for plan in plans} == {HipConfig.load(config).second_look}
 
 
 @pytest.mark.parametrize(
