@@ -22,7 +22,7 @@ from hip_sglang.tune.space import Genes, Space
 from hip_sglang.tune.teacher import Teacher
 
 # documents of each length, for the search and for the end
-PIECES = 3
+PIECES = 6
 # of the text, for the end
 HELD_OUT = 0.3
 # what the search at the short length hands on to the long one
