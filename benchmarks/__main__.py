@@ -86,7 +86,7 @@ PROFILES: dict[str, Plan] = {
         *(("methods", ["--model", "trained", "--documents", "20", *more]) for more in METHODS),
         *(("tuning", ["--model", "trained", "--page-size", size]) for size in ("64", "16")),
         *(
-            ("methods", ["--task", task, "--context", "16384", "--documents", "20"])
+            ("methods", ["--task", task, "--context", "16384", "--documents", "10"])
             for task in ("quotes", "needle")
         ),
         *(
