@@ -50,7 +50,7 @@ def exponent(samples: dict[int, list[float]]) -> float:
 def main(argv: list[str]) -> int:
     parser = Parser("growth", __doc__)
     parser.add_argument("--lengths", default="128K,256K,512K,1M", help="tokens, of decode steps")
-    parser.add_argument("--prompts", default="32K,64K,128K", help="tokens, of prompts")
+    parser.add_argument("--prompts", default="128K,256K,512K,1M", help="tokens, of prompts")
     parser.add_argument("--chunk", type=int, default=256, help="query tokens of a prompt's chunk")
     parser.add_argument("--kv-heads", type=int, default=2, help="with four query heads each")
     parser.add_argument("--dim", type=int, default=128)
