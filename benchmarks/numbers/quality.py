@@ -95,17 +95,18 @@ def methods_block(contest: str) -> list[str]:
 def overview_block() -> list[str]:
     """KL from dense of the main methods, a row for each length, page and share."""
     shown = (
-        "ours", "ours, pruned dropped", "HiP as published", "InfiniteHiP", "Quest", "oracle",
+        "ours", "ours, second look of 8", "ours, pruned dropped",
+        "HiP as published", "InfiniteHiP", "Quest", "oracle",
     )  # fmt: skip
     rows = []
     for config, row, metrics in sorted(runs("methods"), key=lambda run: shape_of(run[0])):
         if config["contest"] == "methods" and not config["task"] and not config["own_prefill"]:
             kl = (float(metrics[f"{name}.kl.mean"]["p50"]) for name in shown)
             shape = [config["model"], f"{config['context']:,}", f"{config['share']:.1%}"]
+            shape += [str(page_of(config)), str(config["seed"])]
             read = f"{float(metrics['ours.read.mean']['p50']):.1%}"
-            cells = [*shape, str(page_of(config)), read, *(f"{one:.2g}" for one in kl)]
-            rows.append([*cells, where(row)])
-    head = ["model", "tokens", "attended exactly", "page", "ours reads", *shown, "where"]
+            rows.append([*shape, read, *(f"{one:.2g}" for one in kl), where(row)])
+    head = ["model", "tokens", "attended exactly", "page", "seed", "ours reads", *shown, "where"]
     return [table(head, rows)] if rows else []
 
 
