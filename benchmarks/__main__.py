@@ -42,6 +42,7 @@ LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}'
 # pages of 64 are a handful at this length: 16 first, where everything is a share of the context
 METHODS = [
     *(["--page-size", "16", "--share", share] for share in ("0.03125", "0.0625", "0.125", "0.25")),
+    *(["--page-size", "16", "--seed", seed] for seed in ("1", "4")),
     ["--page-size", "32"],
     *(["--page-size", "64", "--share", share] for share in ("0.0625", "0.125", "0.25")),
     # as many tokens at any length
@@ -181,17 +182,16 @@ def chosen(name: str, profile: str) -> Plan:
 
 @contextmanager
 def command(bench: str) -> Iterator[list[str]]:
-    if bench == GPU:
-        yield [sys.executable, str(ROOT / "benchmarks" / GPU)]
-        return
-    # the program, of whatever commit is first on the path
+    """Its program; answers of an evaluation are not kept, for another commit would take them."""
+    # of whatever commit is first on the path
     program = [sys.executable, "-c", "from hip_sglang.cli import main; main()"]
-    if bench != EVAL:
-        yield [*program, "bench", bench]
-        return
-    # answers that another commit gave are none of ours
     with tempfile.TemporaryDirectory() as folder:
-        yield [*program, EVAL, "--out", folder]
+        if bench == GPU:
+            yield [sys.executable, str(ROOT / "benchmarks" / GPU)]
+        elif bench == EVAL:
+            yield [*program, EVAL, "--out", folder]
+        else:
+            yield [*program, "bench", bench]
 
 
 def values_of(bench: str, arguments: list[str], place: Path) -> dict[str, float]:

@@ -40,13 +40,9 @@ LEAST = 1e-6
 
 def drawn(space: Space, count: int, seed: int) -> list[Genes]:
     """So many configurations: those that a search begins with, and then any."""
-    chance = random.Random(seed)
-    more = range(max(0, count - len(start := space.uniform())))
-    options = space.options()
-    return [
-        *start[:count],
-        *({name: chance.choice(of) for name, of in options.items()} for _ in more),
-    ]
+    chance, options, start = random.Random(seed), space.options(), space.uniform()[:count]
+    more = range(count - len(start))
+    return [*start, *({name: chance.choice(of) for name, of in options.items()} for _ in more)]
 
 
 def hypervolume(values: Sequence[Values], worst: Values) -> float:

@@ -103,7 +103,7 @@ class Evaluation:
             "seed": self.seed,
             "doc": None if self.text is None else _digest(self.text.encode()),
             "hip_config": read(self.hip_config)[0],
-            **({"page": page_size()} if page_size() != 64 else {}),
+            "page": page_size(),
             "version": versions("hip-sglang")["hip-sglang"],
         }
 

@@ -172,13 +172,13 @@ def eval_section() -> list[str]:
         for task in dict.fromkeys(task for task, _ in names):
             presets = [preset for of, preset in names if of == task]
             scores = ", ".join(f"{p} {score(metrics, f'{task}.{p}')}" for p in presets)
-            samples = str(config["samples"])
-            rows.append([f"{config['length']:,}", model, task, samples, scores, where(row)])
+            shape = [f"{config['length']:,}", model, str(page_of(config)), task]
+            rows.append([*shape, str(config["samples"]), scores, where(row)])
     return [
         "## Tasks of long contexts",
         "`hip-sglang eval`: what a model gets right behind the real server, % (95% interval); "
         "under every preset the same samples.",
-        table(["tokens", "model", "task", "samples", "right", "where"], rows),
+        table(["tokens", "model", "page", "task", "samples", "right", "where"], rows),
     ]
 
 

@@ -16,7 +16,7 @@ import optuna
 from hip_sglang.journal import Journal
 from hip_sglang.tune.space import Genes, Space
 
-POPULATION = 12
+POPULATION = 16
 Values = tuple[float, float]
 
 

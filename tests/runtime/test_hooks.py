@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import pkgutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_the_backend_is_registered():
 
     assert ATTENTION_BACKEND_CHOICES.count("hip_attention") == 1
     assert ATTENTION_BACKENDS["hip_attention"] is plugin.build_backend
+
+
+def test_a_rank_whose_pages_are_not_the_server_s_refuses():
+    with pytest.raises(UnsupportedError, match=r"not --page-size 16; .* HIP_SGLANG_PAGE_SIZE"):
+        plugin.build_backend(SimpleNamespace(page_size=16))
 
 
 def test_sglang_still_has_the_two_resolution_steps():

@@ -19,15 +19,16 @@ SPACE = Space.of(HipConfig.load({"budget": 1024}), layers=12)
 
 
 def judge(genes: Genes) -> Values:
-    """Made up: groups matter unequally, and what is read costs by the budget."""
+    """Made up: groups matter unequally, a second look helps, and what is read costs."""
     divergence = share = 0.0
     for group in range(len(SPACE.groups)):
         read = 1.0
         if not genes[f"dense.{group}"]:
             read = genes[f"budget.{group}"] / 4096 * genes[f"top_p.{group}"] ** 4
             read /= genes[f"refresh.{group}"] ** 0.3
-            lost = (1 - read) ** 2 * (4 if group in (1, 5) else 0.1)
-            divergence += lost
+            look = genes[f"second_look.{group}"]
+            divergence += (1 - read) ** 2 * (4 if group in (1, 5) else 0.1) / (1 + look)
+            read = min(1.0, read * (1 + look / 8))
         share += read / len(SPACE.groups)
     return divergence, share
 
