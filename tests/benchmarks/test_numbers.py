@@ -83,14 +83,21 @@ def test_the_newest_run_of_the_server_is_shown(write: ModuleType) -> None:
 
 
 def test_scores_of_tasks_are_shown_with_their_intervals(write: ModuleType) -> None:
-    shape = {"model": "llama", "length": 16384, "samples": 50, "seed": 0, "hip": {"budget": 4096}}
+    shape = {
+        "model": "llama",
+        "length": 16384,
+        "samples": 50,
+        "seed": 0,
+        "page": 16,
+        "hip": {"budget": 4096},
+    }
     for dense in (0.5, 0.98):
         save("eval", shape, needle__dense=[dense], needle__dense__low=[0.895],
              needle__dense__high=[0.996], needle__paper=[0.5], needle__paper__low=[0.366],
              needle__paper__high=[0.634])  # fmt: skip
     (row,) = write.eval_section()[-1].splitlines()[2:]
     assert row.startswith(
-        '| 16,384 | llama `{"budget": 4096}` | needle | 50 | '
+        '| 16,384 | llama `{"budget": 4096}` | 16 | needle | 50 | '
         "dense 98.0 (90-100), paper 50.0 (37-63) | "
     )
 
