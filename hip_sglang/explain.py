@@ -138,6 +138,8 @@ def _search(plan: LayerPlan) -> list[str]:
     if pages.second_look and plan.sparse_decode_from is not None:
         looked = pages.second_look * pages.budget_pages * PAGE_SIZE
         found[0] += f"; a decode step then looks at up to {looked:,} keys"
+        if pages.parts > 1:
+            found[0] += f", and fills it by {PAGE_SIZE // pages.parts} tokens"
     if plan.refresh > 1 and plan.sparse_decode_from is not None:
         found.append(
             f"decode steps choose anew every {plan.refresh} tokens, and keep their choice between"

@@ -102,8 +102,8 @@ class Telemetry:
         share = real.repeat_interleave(group, 1) / (real.sum(1, keepdim=True) * group)  # [N, M]
         for metric, value in (
             (self._visible, blocks.page.sum() + len(blocks)),
-            (self._exact, per_head(selection.pages)),
-            (self._chosen, per_head(selection.choice.pages)),
+            (self._exact, selection.exact.sum(0).double().mean()),
+            (self._chosen, selection.chosen.sum(0).double().mean()),
             (self._estimated, (selection.estimated.mean(1) * share).sum()),
         ):
             self._pending.append((metric.labels(phase), value.double()))
@@ -190,9 +190,10 @@ class DecodeTotals:
         self._estimated.append(estimated)
         self._reused.append(steps.reuses)
         if plan.top_p < 1:
-            self._chosen.append((choice.pages[steps.row] >= 0).sum(-1).double().mean(-1))
+            count = (choice.entries[steps.row] >= 0).sum(-1) / plan.parts
+            self._chosen.append(count.double().mean(-1))
         else:
-            budget = choice.pages.shape[2]
+            budget = choice.entries.shape[2] // plan.parts
             self._full[budget] = self._full.get(budget, 0) + 1
 
     def end_pass(self, steps: DecodeSteps, layers: int, plan: SparsePlan) -> None:
@@ -230,8 +231,3 @@ class DecodeTotals:
         """What was added since the last time; waits for the device."""
         before, self._read = self._read, self._sums.tolist()
         return [now - then for now, then in zip(self._read, before, strict=True)]
-
-
-def per_head(pages: Tensor) -> Tensor:
-    """pages [N, Hkv, K], -1 is padding -> how many, summed over blocks, mean over heads."""
-    return (pages >= 0).sum((0, 2)).double().mean()

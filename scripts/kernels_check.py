@@ -16,6 +16,7 @@ from hip_kernels.cards import CARDS, Binary, Card, compiling_for
 from hip_kernels.layout import (
     NODE_PAGES,
     PAGE_SIZE,
+    SUB_PAGES,
     Choice,
     LocalPages,
     QueryBlocks,
@@ -127,13 +128,14 @@ def launch_step(
     blocks = QueryBlocks(row, row, row[:, 0], table, local, row[:, 0], of_nodes)
     query = torch.empty(BATCH, HEADS * group, width, dtype=torch.bfloat16, device="meta")
     kept = summaries(width, 4)
-    plan = SparsePlan(logit_cap=cap, second_look=2, top_p=top_p)
+    parts = 1 if held or offloads else SUB_PAGES
+    plan = SparsePlan(logit_cap=cap, second_look=2, parts=parts, top_p=top_p)
     kv = kv_of(width, stored, offloads)
     given = query, kv, kept, blocks, plan, 0.1, torch.empty_like(query)
     choice = None
     if held:
         correction = torch.empty(BATCH, HEADS, group, device="meta")
-        choice = Choice(integers(BATCH, HEADS, plan.budget_pages), correction)
+        choice = Choice(integers(BATCH, HEADS, plan.entries), correction)
     fused.attend(*given, nodes=kept, choice=choice)
 
 

@@ -89,9 +89,10 @@ def attended(config, length, prompt):
         found = attend(query, kv, summaries, blocks, plan.pages, 1.0, torch.empty_like(query))
         if found is not None:
             sparse_rows += int((blocks.position >= 0).sum())
-            kept = [page for page in found.pages[-1, 0].tolist() if page >= 0]
-            tokens = sum(min(PAGE_SIZE, length - PAGE_SIZE * page) for page in kept)
-            last = (tokens, int(blocks.page[-1]) + 1 - len(kept))
+            exact, own = float(found.exact[-1, 0]), int(blocks.page[-1])
+            # the last of them is the own page, which may not be full
+            tokens = int(exact - 1) * PAGE_SIZE + length - PAGE_SIZE * own
+            last = (tokens, own + 1 - int(exact))
     return *last, sparse_rows
 
 

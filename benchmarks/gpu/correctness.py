@@ -181,7 +181,7 @@ def _sparse(
     own = reference.attend(*given, torch.empty_like(host.out), host.nodes)
     assert found is not None
     assert own is not None
-    mine, theirs = found.choice.pages.cpu(), own.choice.pages
+    mine, theirs = found.choice.entries.cpu(), own.choice.entries
     moved = ~(mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1)
     # not the error of a number: the share of pages that others would have chosen
     few = 0.01 if case.cell.dtype == FULL else 0.05

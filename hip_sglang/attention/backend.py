@@ -61,7 +61,7 @@ class HipAttentionBackend(AttentionBackend):  # type: ignore[misc]
         rows, device = len(self.req_to_token), self.req_to_token.device
         self.cache: SelectionCache | None = None
         if config.refreshes != {1}:
-            budgets = {layer: plan.pages.budget_pages for layer, plan in self.layers.items()}
+            budgets = {layer: plan.pages.entries for layer, plan in self.layers.items()}
             self.cache = SelectionCache(rows, budgets, device)
         self.nodes: NodeDirectory | None = None
         self.node_tables: NodeTables | None = None

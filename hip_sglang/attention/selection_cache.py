@@ -26,7 +26,7 @@ class SelectionCache:
     def __init__(
         self, rows: int, budgets: Mapping[int, int], device: torch.device | str = "cpu"
     ) -> None:
-        """budgets: pages that each layer chooses."""
+        """budgets: how many entries of a choice each layer has."""
         self._budgets = budgets
         # the position of the sparse decode step that each row saw last; one more for padding
         self._last = torch.full((rows + 1,), _NONE, device=device)
@@ -50,9 +50,9 @@ class SelectionCache:
         """What stands in every row, for kernels that read and write their own."""
         if layer_id not in self._choices:
             rows, device = len(self._last) - 1, self._last.device
-            pages = torch.full((rows, kv_heads, self._budgets[layer_id]), -1, device=device)
+            entries = torch.full((rows, kv_heads, self._budgets[layer_id]), -1, device=device)
             self._choices[layer_id] = Choice(
-                pages, torch.zeros(rows, kv_heads, group, device=device)
+                entries, torch.zeros(rows, kv_heads, group, device=device)
             )
         return self._choices[layer_id]
 
@@ -60,14 +60,14 @@ class SelectionCache:
         """Of requests in rows [N]."""
         held = self.all_rows(layer_id, *choice.correction.shape[1:])
         # a batch of short contexts has no more places than pages
-        spare = held.pages.shape[-1] - choice.pages.shape[-1]
-        held.pages[rows] = pad(choice.pages, (0, spare), value=-1)
+        spare = held.entries.shape[-1] - choice.entries.shape[-1]
+        held.entries[rows] = pad(choice.entries, (0, spare), value=-1)
         held.correction[rows] = choice.correction
 
     def get(self, layer_id: int, rows: Tensor) -> Choice:
         """What requests in rows [N] chose."""
         held = self._choices[layer_id]
-        return Choice(held.pages[rows], held.correction[rows])
+        return Choice(held.entries[rows], held.correction[rows])
 
 
 def reused(held: Tensor, seq_lens: Tensor, refresh: int) -> Tensor:

@@ -34,10 +34,10 @@ class SelectionTrace:
     ) -> None:
         if blocks.tokens.shape[1] != 1:  # a prefill block
             return
-        exact = (selection.pages >= 0).sum(-1).float().mean(-1).tolist()
+        exact = selection.exact.mean(-1).tolist()
         for n, request in enumerate(blocks.request.tolist()):
             visible = int(blocks.page[n])
-            pages = selection.choice.pages[n]
+            pages = selection.choice.entries[n] // selection.parts
             held = pages if selection.held is None else pages.where(selection.held[n], -1)
             share = layer.share_read(visible, exact[n], chooses=not blocks.reuses)
             record = {
@@ -56,5 +56,5 @@ class SelectionTrace:
 
 
 def real(pages: Tensor) -> list[list[int]]:
-    """pages [Hkv, K], -1 is padding -> those of each head."""
-    return [[page for page in head if page >= 0] for head in pages.tolist()]
+    """pages [Hkv, K], in order, -1 is padding -> those of each head, each once."""
+    return [list(dict.fromkeys(page for page in head if page >= 0)) for head in pages.tolist()]

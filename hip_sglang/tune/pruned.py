@@ -54,7 +54,7 @@ class Pruned:
             held = None
             if block.reuses and made is not None:
                 at = torch.searchsorted(made[0], source[block.request])
-                held = Choice(made[1].pages[at], made[1].correction[at])
+                held = Choice(made[1].entries[at], made[1].correction[at])
             found = self._attend(plan, query, stored, block, out, held)
             if found is None:
                 continue
@@ -99,7 +99,7 @@ class Pruned:
         found = attend(query, stored.kv, summaries, block, plan.pages, scale, out, choice=held)
         if found is None:
             return None
-        return found.choice, (found.pages >= 0).sum(-1).double().mean(-1)
+        return found.choice, found.exact.double().mean(-1)
 
 
 def _out_of(query: Tensor, stored: LayerKV) -> Tensor:

@@ -42,6 +42,6 @@ def check_steps(name: str, of: DecodeSteps) -> None:
 
 def check_choice(name: str, of: Choice, kv_heads: int, heads: int) -> None:
     """Assert that both tensors are of these heads."""
-    rows, group = len(of.pages), heads // kv_heads
-    check(f"{name}.pages", of.pages, (rows, kv_heads, None), torch.int64)
+    rows, group = len(of.entries), heads // kv_heads
+    check(f"{name}.entries", of.entries, (rows, kv_heads, None), torch.int64)
     check(f"{name}.correction", of.correction, (rows, kv_heads, group), torch.float32)

@@ -39,6 +39,7 @@ class SparsePlan:
     budget_pages: int = 32
     remainder: Remainder = "harmonic"
     second_look: int = 0  # decode: choose by real keys, of this many times the budget
+    parts: int = 1  # what a second look chooses: pages, or of sub-pages, so many a page, as many
     strategy: Strategy = "summary"  # tree: HiP as published, which never looks at summaries
     beam: int = 128  # nodes whose pages are weighed, where a block searches through nodes
     top_p: float = 1.0  # choose no more pages than hold this share of the estimated mass
@@ -49,10 +50,16 @@ class SparsePlan:
         """The most pages that one query block attends exactly, its own page included."""
         return self.sink_pages + self.budget_pages + self.window_pages + 1
 
-    def with_fixed_pages(self, chosen: Tensor, page: Tensor) -> Tensor:
+    @property
+    def entries(self) -> int:
+        """The most pages, or sub-pages, that a decode step chooses."""
+        return self.budget_pages * self.parts
+
+    def with_fixed_pages(self, chosen: Tensor, page: Tensor, parts: int = 1) -> Tensor:
         """What blocks in ``page`` [N] attend exactly, in order: sink, chosen, window, own.
 
-        chosen [N, Hkv, K] logical -> [N, Hkv, sink + K + window + 1]; -1 is padding.
+        chosen [N, Hkv, K] logical pages -> [N, Hkv, sink + K + window + 1]; -1 is padding. Or all
+        of it in parts of pages (``Choice.entries``).
         """
         own = page[:, None]
         sink = torch.arange(self.sink_pages, device=page.device)
@@ -60,7 +67,12 @@ class SparsePlan:
         # a block inside the sink still attends to its own page
         window = window.where((window >= self.sink_pages) | (window == own), -1)
         fixed = (sink.where(sink < own, -1), window)
-        first, last = (pages[:, None].expand(-1, chosen.shape[1], -1) for pages in fixed)
+        part = torch.arange(parts, device=page.device)
+        first, last = (
+            (pages.unsqueeze(-1) * parts + part).where(pages.unsqueeze(-1) >= 0, -1).flatten(1)
+            for pages in fixed
+        )
+        first, last = (of[:, None].expand(-1, chosen.shape[1], -1) for of in (first, last))
         return torch.cat([first, chosen, last], -1)
 
     @property
@@ -245,9 +257,9 @@ class QueryBlocks:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step found, and a later step of the same requests may use again."""
+    """What a step found, and, where it is of whole pages, a later step may use again."""
 
-    pages: Tensor  # [N, Hkv, K] the chosen logical pages, in order; -1 is padding
+    entries: Tensor  # [N, Hkv, K] chosen: logical page * parts + part, in order; -1 is padding
     correction: Tensor  # [N, Hkv, M] to be added to the logits of estimated pages
 
     @classmethod
@@ -255,15 +267,15 @@ class Choice:
         cls, rows: int, kv_heads: int, group: int, plan: SparsePlan, device: torch.device | str
     ) -> Choice:
         """Room for the choices of decode steps in rows that are theirs."""
-        pages = torch.empty(rows, kv_heads, plan.budget_pages, dtype=torch.int64, device=device)
+        entries = torch.empty(rows, kv_heads, plan.entries, dtype=torch.int64, device=device)
         correction = torch.empty(rows, kv_heads, group, dtype=torch.float32, device=device)
-        return cls(pages, correction)
+        return cls(entries, correction)
 
     def split(self, blocks: int) -> Iterator[Choice]:
         """The choices of waves of blocks (``QueryBlocks.split``)."""
-        for start in range(0, len(self.pages), blocks):
+        for start in range(0, len(self.entries), blocks):
             part = slice(start, start + blocks)
-            yield Choice(self.pages[part], self.correction[part])
+            yield Choice(self.entries[part], self.correction[part])
 
 
 @dataclass(frozen=True)
@@ -274,9 +286,16 @@ class Selection:
     estimated: Tensor  # [N, Hkv, M] the share of each row's softmax that went to estimated pages
     page: Tensor  # [N] the logical page that holds the block
     plan: SparsePlan
-    held: Tensor | None = None  # [N, Hkv, K] which chosen pages were on the device before
+    held: Tensor | None = None  # [N, Hkv, K] which chosen entries were on the device before
+    parts: int = 1  # of a page that an entry of the choice may be
 
     @property
-    def pages(self) -> Tensor:
-        """What was attended exactly, [N, Hkv, K]: see ``SparsePlan.with_fixed_pages``."""
-        return self.plan.with_fixed_pages(self.choice.pages, self.page)
+    def chosen(self) -> Tensor:
+        """How many pages were chosen, [N, Hkv]: of one of four parts, a quarter."""
+        return (self.choice.entries >= 0).sum(-1) / self.parts
+
+    @property
+    def exact(self) -> Tensor:
+        """How many pages were attended exactly, [N, Hkv], the block's own included."""
+        none = self.choice.entries[..., :0]
+        return (self.plan.with_fixed_pages(none, self.page) >= 0).sum(-1) + self.chosen

@@ -101,7 +101,8 @@ class OffloadedKV(StoredKV):
             return self._each_run(slots, tokens)
         return self._each_head(self.cache.key, slots)
 
-    def _values(self, slots: Tensor) -> Iterator[Tensor]:
+    def _values(self, slots: Tensor, tokens: int) -> Iterator[Tensor]:
+        assert tokens == PAGE_SIZE, "of pages that are brought, the whole is read"
         return self._each_head(self.cache.value, slots)
 
     def _each_head(self, held: Tensor, slots: Tensor) -> Iterator[Tensor]:

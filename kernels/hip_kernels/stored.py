@@ -40,8 +40,8 @@ class StoredKV(ABC):
         """Runs from slots [Hkv, N, K], a head at a time: [N, K * tokens, D] in float32."""
 
     @abstractmethod
-    def _values(self, slots: Tensor) -> Iterator[Tensor]:
-        """The same of the values of whole pages."""
+    def _values(self, slots: Tensor, tokens: int) -> Iterator[Tensor]:
+        """The same of values."""
 
     @abstractmethod
     def steps_at_once(self, pages: int) -> int:
@@ -78,9 +78,9 @@ class StoredKV(ABC):
             products(q, key, head)
         return out
 
-    def mix(self, weight: Tensor, slots: Tensor) -> Tensor:
-        """Weighted sums of the values of pages: weight [Hkv, N, M, K * 64] -> [Hkv, N, M, Dv]."""
-        values = self._values(slots)
+    def mix(self, weight: Tensor, slots: Tensor, tokens: int) -> Tensor:
+        """Weighted sums of values: weight [Hkv, N, M, K * tokens] -> [Hkv, N, M, Dv]."""
+        values = self._values(slots, tokens)
         found = torch.stack([w @ value for w, value in zip(weight, values, strict=True)])
         return found.mul_(self.value_scale)
 
@@ -131,8 +131,8 @@ class PagedKV(StoredKV):
     def _keys(self, slots: Tensor, tokens: int) -> Iterator[Tensor]:
         return _each_head(self.key, slots, tokens)
 
-    def _values(self, slots: Tensor) -> Iterator[Tensor]:
-        return _each_head(self.value, slots, PAGE_SIZE)
+    def _values(self, slots: Tensor, tokens: int) -> Iterator[Tensor]:
+        return _each_head(self.value, slots, tokens)
 
 
 def _each_head(rows: Tensor, slots: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
 from hip_sglang.attention import backend
-from hip_sglang.telemetry import DecodeTotals, per_head
+from hip_sglang.telemetry import DecodeTotals
 from tests.attention.served import Captured, Served
 from tests.kernels.conftest import interpreted
 
@@ -126,8 +126,8 @@ class Counted:
             return
         found = (
             *(len(blocks), 0, *((0, len(blocks)) if blocks.reuses else (len(blocks), 0))),
-            *(blocks.page.sum() + len(blocks), per_head(selection.pages)),
-            *(per_head(selection.choice.pages), selection.estimated.mean((1, 2)).sum()),
+            *(blocks.page.sum() + len(blocks), selection.exact.mean(1).sum()),
+            *(selection.chosen.mean(1).sum(), selection.estimated.mean((1, 2)).sum()),
         )
         self.sums = [total + float(more) for total, more in zip(self.sums, found, strict=True)]
 

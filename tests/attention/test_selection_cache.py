@@ -73,10 +73,10 @@ def test_what_is_kept_is_found_by_row_and_layer(cache):
     cache.keep(3, torch.tensor([4, 1]), Choice(torch.tensor([[[5]], [[7]]]), torch.ones(2, 1, 2)))
     cache.keep(4, torch.tensor([4]), Choice(torch.tensor([[[9]]]), torch.zeros(1, 1, 2)))
     found = cache.get(3, torch.tensor([1, 4]))
-    assert found.pages.tolist() == [[[7] + [-1] * 7], [[5] + [-1] * 7]]
+    assert found.entries.tolist() == [[[7] + [-1] * 7], [[5] + [-1] * 7]]
     assert found.correction.tolist() == [[[1.0, 1.0]], [[1.0, 1.0]]]
     # a layer with a budget of its own
-    assert cache.get(4, torch.tensor([4])).pages.tolist() == [[[9] + [-1] * 4]]
+    assert cache.get(4, torch.tensor([4])).entries.tolist() == [[[9] + [-1] * 4]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,7 +124,7 @@ def test_no_schedule_makes_it_stale(cache, seed):
             if reuses:
                 assert request[2] is not None
                 assert length - request[2] < REFRESH
-                assert int(cache.get(0, torch.tensor([row])).pages[0, 0, 0]) == mark % 10**9
+                assert int(cache.get(0, torch.tensor([row])).entries[0, 0, 0]) == mark % 10**9
                 reused += 1
             else:
                 request[2] = length

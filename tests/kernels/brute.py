@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from hip_kernels.layout import NODE_PAGES, PAGE_SIZE, Choice, SparsePlan
@@ -50,7 +51,7 @@ def expected(
                 if prune:
                     known = None
                     if held is not None:
-                        known = {p for p in held.pages[number, head].tolist() if p >= 0}
+                        known = {p for p in held.entries[number, head].tolist() if p >= 0}
                     seen = one.look(block.flatten(0, 1), page, plan, single, far, known)
                     if held is not None:
                         seen.corrections = held.correction[number, head].tolist()
@@ -87,6 +88,7 @@ class Seen:
     """What a block attends exactly, estimates, and has read to choose: pages, nodes, sub-pages."""
 
     exact: set[int]
+    parts: set[tuple[int, int]] = field(default_factory=set)  # sub-pages of other pages
     pages: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     read: list[tuple[int, int]] = field(default_factory=list)
@@ -118,13 +120,13 @@ class Head:
         window = set(range(max(0, page - plan.window_pages), page + 1))
         if plan.strategy == "tree":
             exact = sink | window | self.searched(rows, page, plan)
-            return Seen(exact, [p for p in range(page) if p not in exact])
+            return Seen(exact, pages=[p for p in range(page) if p not in exact])
         pages, nodes = list(range(page)), []
         if far:
             pages, nodes = self.beam(rows, page, plan, {p // NODE_PAGES for p in known or ()})
         if known is not None:
             exact = sink | window | known
-            return Seen(exact, [p for p in pages if p not in exact], nodes)
+            return Seen(exact, pages=[p for p in pages if p not in exact], nodes=nodes)
         mass = self.mass(rows, pages, nodes, plan)
 
         def share(score: Callable[[Tensor], float]) -> float:
@@ -133,9 +135,14 @@ class Head:
         def estimated(p: int) -> float:
             return share(lambda q: self.pruned_logit(q, p, plan))
 
+        def weight(q: Tensor, entry: Any) -> float:
+            if isinstance(entry, tuple):
+                return self.sub_page_logit(q, entry, plan)
+            return self.pruned_logit(q, entry, plan)
+
         rest = [p for p in pages if p not in sink | window]
         read: list[tuple[int, int]] = []
-        chosen = sorted(rest, key=estimated)[-plan.budget_pages :]
+        chosen: list[Any] = sorted(rest, key=estimated)[-plan.budget_pages :]
         if single and plan.second_look:
 
             def promise(place: tuple[int, int]) -> float:
@@ -144,29 +151,42 @@ class Head:
             places = sorted(((p, part) for p in rest for part in range(self.means)), key=promise)
             read = places[-plan.second_look * plan.budget_pages * self.means :]
 
-            def true(p: int) -> float:
-                keys = torch.cat([self.sub_page(place) for place in read if place[0] == p])
+            def true(*some: tuple[int, int]) -> float:
+                keys = torch.cat([self.sub_page(place) for place in some])
                 return share(lambda q: float(capped(keys @ q, plan).logsumexp(0)))
 
-            chosen = sorted({p for p, _ in read}, key=true)[-plan.budget_pages :]
+            def of_page(p: int) -> float:
+                return true(*(place for place in read if place[0] == p))
+
+            chosen = sorted({p for p, _ in read}, key=of_page)[-plan.budget_pages :]
+            if plan.parts > 1:
+                chosen = sorted(read, key=true)[-plan.budget_pages * plan.parts :]
         if plan.top_p < 1:
-            chosen = self.enough(rows, chosen, [p for p in pages if p not in rest], mass, plan)
-        exact = sink | window | set(chosen)
-        return Seen(exact, [p for p in pages if p not in exact], nodes, read)
+            fixed = [p for p in pages if p not in rest]
+            chosen = self.enough(rows, chosen, fixed, mass, plan.top_p, weight)
+        exact = sink | window | {entry for entry in chosen if not isinstance(entry, tuple)}
+        parts = {entry for entry in chosen if isinstance(entry, tuple)}
+        return Seen(exact, parts, [p for p in pages if p not in exact], nodes, read)
 
     def enough(
-        self, rows: Tensor, chosen: list[int], fixed: list[int], mass: Tensor, plan: SparsePlan
-    ) -> list[int]:
+        self,
+        rows: Tensor,
+        chosen: list[Any],
+        fixed: list[int],
+        mass: Tensor,
+        top_p: float,
+        weight: Callable[[Tensor, Any], float],
+    ) -> list[Any]:
         """Of the chosen, worst first, as few as hold the share with the fixed, for every row."""
 
-        def held(q: Tensor, m: Tensor, pages: list[int]) -> float:
-            return sum(math.exp(self.pruned_logit(q, p, plan) - float(m)) for p in pages)
+        def held(q: Tensor, m: Tensor, some: list[Any]) -> float:
+            return sum(math.exp(weight(q, entry) - float(m)) for entry in some)
 
         most = 0
         for q, m in zip(rows, mass, strict=True):
             count = 0
             while count < len(chosen):
-                if held(q, m, fixed + chosen[len(chosen) - count :]) >= plan.top_p:
+                if held(q, m, fixed + chosen[len(chosen) - count :]) >= top_p:
                     break
                 count += 1
             most = max(most, count)
@@ -201,9 +221,24 @@ class Head:
         ]
         return torch.tensor(logits, dtype=torch.float64).view(len(rows), -1).logsumexp(1)
 
-    def sub_page(self, place: tuple[int, int]) -> Tensor:
+    def sub_page(self, place: tuple[int, int], of: Tensor | None = None) -> Tensor:
+        """Its keys, or rows of something else."""
         page, part = place
-        return self.key[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].chunk(self.means)[part]
+        rows = self.key if of is None else of
+        return rows[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].chunk(self.means)[part]
+
+    def rest(
+        self, q: Tensor, page: int, correction: float, seen: Seen, plan: SparsePlan
+    ) -> list[float]:
+        """What the sub-pages of a pruned page weigh that are not attended exactly."""
+        found = []
+        for place in ((page, part) for part in range(self.means)):
+            if place in seen.parts:
+                continue
+            estimate = self.sub_page_logit(q, place, plan)
+            true = float(capped(self.sub_page(place) @ q, plan).logsumexp(0))
+            found.append(min(true, estimate) if place in seen.read else estimate + correction)
+        return found
 
     def sub_page_logit(self, q: Tensor, place: tuple[int, int], plan: SparsePlan) -> float:
         means, sigma = self.summary(place[0])
@@ -280,14 +315,21 @@ class Head:
             span = slice(page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, t + 1))
             logits += capped(self.key[span] @ q, plan).tolist()
             values += list(self.value[span])
+        for place in seen.parts:
+            logits += capped(self.sub_page(place) @ q, plan).tolist()
+            values += list(self.sub_page(place, self.value))
         if plan.remainder != "none":
             correction = self.correction(q, seen.read, plan)
             if seen.corrections is not None:
                 correction = seen.corrections[g]
-            pruned = [(page, 1) for page in seen.pages] + [(n, NODE_PAGES) for n in seen.nodes]
-            for number, size in pruned:
-                span = slice(number * size * PAGE_SIZE, (number + 1) * size * PAGE_SIZE)
-                logits.append(self.pruned_logit(q, number, plan, size) + correction)
+            for page in seen.pages:
+                rest = self.rest(q, page, correction, seen, plan)
+                if rest:
+                    logits.append(float(torch.tensor(rest, dtype=torch.float64).logsumexp(0)))
+                    values.append(self.value[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].mean(0))
+            for node in seen.nodes:
+                span = slice(node * NODE_PAGES * PAGE_SIZE, (node + 1) * NODE_PAGES * PAGE_SIZE)
+                logits.append(self.pruned_logit(q, node, plan, NODE_PAGES) + correction)
                 values.append(self.value[span].mean(0))
         weight = torch.tensor(logits, dtype=torch.float64).softmax(0)
         return weight @ torch.stack(values)

@@ -140,17 +140,17 @@ def step(
     scale = query.shape[2] ** -0.5
     heads = requests[0].key.shape[1]
     made = Choice(
-        torch.full((len(requests), heads, plan.budget_pages), -1),
+        torch.full((len(requests), heads, plan.entries), -1),
         torch.zeros(len(requests), heads, query.shape[1] // heads),
     )
     for block in blocks:
         again = None
         if block.reuses:
             assert held is not None
-            again = Choice(held.pages[block.request], held.correction[block.request])
+            again = Choice(held.entries[block.request], held.correction[block.request])
         found = attend(query, here.kv, here.summaries, block, plan, scale, out, nodes, again)
         if found is not None and block.tokens.shape[1] == 1:
-            width = found.choice.pages.shape[2]
-            made.pages[block.request, :, :width] = found.choice.pages
+            width = found.choice.entries.shape[2]
+            made.entries[block.request, :, :width] = found.choice.entries
             made.correction[block.request] = found.choice.correction
     return out, made

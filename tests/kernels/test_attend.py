@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.kernels.brute import expected
 from tests.kernels.door import Request, make_requests, run, step
 
+LOOKS: list[dict[str, int]] = [{}, {"second_look": 1}, {"second_look": 2, "parts": 4}]
 SMALL = SparsePlan(sink_pages=1, window_pages=2, budget_pages=2)
 
 
@@ -50,11 +51,12 @@ def dense(requests: list[Request], query: torch.Tensor) -> torch.Tensor:
         ("none", 4),
     ],
 )
-@pytest.mark.parametrize("second_look", [0, 1])
+@pytest.mark.parametrize("looks", LOOKS, ids=str)
 def test_a_mixed_batch_equals_plain_loops(
-    remainder: Remainder, means: int, second_look: int
+    remainder: Remainder, means: int, looks: dict[str, int]
 ) -> None:
-    plan = SparsePlan(1, 2, 2, remainder, second_look)
+    looks = looks | {"parts": min(means, looks.get("parts", 1))}
+    plan = SparsePlan(1, 2, 2, remainder, **looks)
     # a decode step, a chunk that begins and ends inside pages, a short prompt, extends within a
     # page, and one that ends with it
     shapes = [(700, 1), (450, 70), (0, 9), (515, 10), (448, 1), (440, 8)]
@@ -67,9 +69,9 @@ def test_a_mixed_batch_equals_plain_loops(
 
 
 @pytest.mark.parametrize("remainder", ["harmonic", "log_cosh", "log_i0", "quadratic", "none"])
-@pytest.mark.parametrize("second_look", [0, 1])
-def test_capped_logits_equal_plain_loops(remainder: Remainder, second_look: int) -> None:
-    plan = SparsePlan(1, 2, 2, remainder, second_look, logit_cap=3.0)
+@pytest.mark.parametrize("looks", LOOKS, ids=str)
+def test_capped_logits_equal_plain_loops(remainder: Remainder, looks: dict[str, int]) -> None:
+    plan = SparsePlan(1, 2, 2, remainder, **looks, logit_cap=3.0)
     requests = make_requests([(700, 1), (450, 70), (0, 9)], heads=2, width=23, value_width=40)
     query = 2 * queries(requests, 6, 23)
     limits = {"sparse_from": 256, "sparse_decode_from": 128}
@@ -80,10 +82,10 @@ def test_capped_logits_equal_plain_loops(remainder: Remainder, second_look: int)
     assert float((found - uncapped).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("second_look", [0, 1])
+@pytest.mark.parametrize("looks", LOOKS, ids=str)
 @pytest.mark.parametrize("top_p", [0.0, 0.4, 0.6])
-def test_top_p_equals_plain_loops(top_p: float, second_look: int) -> None:
-    plan = SparsePlan(1, 2, 5, "harmonic", second_look, top_p=top_p)
+def test_top_p_equals_plain_loops(top_p: float, looks: dict[str, int]) -> None:
+    plan = SparsePlan(1, 2, 5, "harmonic", **looks, top_p=top_p)
     requests = make_requests([(900, 1), (850, 70), (700, 1)], heads=2, width=24, value_width=40)
     query = queries(requests, 6, 24)
     limits = {"sparse_from": 256, "sparse_decode_from": 128}
@@ -124,10 +126,13 @@ def test_the_published_search_equals_plain_loops(remainder: Remainder, budget: i
 
 
 @pytest.mark.parametrize("means", [4, 1])
-@pytest.mark.parametrize("second_look", [0, 1])
+@pytest.mark.parametrize("looks", LOOKS, ids=str)
 @pytest.mark.parametrize("beam", [1, 2])
-def test_a_search_through_nodes_equals_plain_loops(means: int, second_look: int, beam: int) -> None:
-    plan = SparsePlan(1, 3, 2, "harmonic", second_look, beam=beam)
+def test_a_search_through_nodes_equals_plain_loops(
+    means: int, looks: dict[str, int], beam: int
+) -> None:
+    looks = looks | {"parts": min(means, looks.get("parts", 1))}
+    plan = SparsePlan(1, 3, 2, "harmonic", **looks, beam=beam)
     # decode steps with and without nodes, at a node's last page and first; the end of a prompt
     shapes = [(3500, 1), (2047, 1), (2048, 1), (900, 1), (1990, 40), (5700, 1)]
     requests = make_requests(shapes, heads=2, width=24, value_width=40)
@@ -190,7 +195,7 @@ def test_a_choice_that_is_used_again_equals_plain_loops(
     _, choice = step(earlier, queries(earlier, 6, 24), plan, **limits)
     query = queries(later, 6, 24, seed=2)
     found, again = step(later, query, plan, **limits, held=choice, seed=3)
-    assert torch.equal(again.pages, choice.pages)
+    assert torch.equal(again.entries, choice.entries)
     reference = expected(later, query, plan, **limits, held=choice)
     torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
     anew = run(later, query, plan, **limits)
@@ -222,9 +227,10 @@ def test_keep_all_and_a_budget_beyond_the_context_are_dense(
     reference = dense(requests, query)
     keep_all = run(requests, query, SMALL, sparse_from=None, sparse_decode_from=None, seed=seed)
     torch.testing.assert_close(keep_all, reference, rtol=1e-4, atol=1e-5)
-    ample = SparsePlan(1, 2, 99, second_look=3)
-    sparse = run(requests, query, ample, sparse_from=0, sparse_decode_from=0, seed=seed)
-    torch.testing.assert_close(sparse, reference, rtol=1e-4, atol=1e-5)
+    for parts in (1, 4):
+        ample = SparsePlan(1, 2, 99, second_look=3, parts=parts)
+        sparse = run(requests, query, ample, sparse_from=0, sparse_decode_from=0, seed=seed)
+        torch.testing.assert_close(sparse, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nodes_from", [None, 1536])

@@ -74,7 +74,7 @@ class Case:
         """What stands in the rows of all requests afterwards."""
         heads = KV_HEADS * self.group
         kept = Choice.empty(5, KV_HEADS, self.group, plan, "cpu")
-        kept.pages.fill_(-7)
+        kept.entries.fill_(-7)
         kept.correction.fill_(7)
         scores = Scores.of(self.steps, heads, KV_HEADS, MEANS, plan)
         for tensor in (scores.page, scores.parts, scores.spread, scores.mass, scores.total):
@@ -87,8 +87,8 @@ class Case:
             looking.look(*given)
         self.scores = scores
         for row in (2, 3):
-            assert (kept.pages[row] == -7).all()
-        return Choice(kept.pages[self.steps.row], kept.correction[self.steps.row])
+            assert (kept.entries[row] == -7).all()
+        return Choice(kept.entries[self.steps.row], kept.correction[self.steps.row])
 
     @property
     def page(self) -> Tensor:
@@ -119,7 +119,7 @@ def test_the_first_of_the_best_are_chosen_in_order(kernels: None, group: int, bu
         for head in range(KV_HEADS):
             expected = sorted(first_of_best(share[request, head], visible, plan))
             padding = [-1] * (budget - len(expected))
-            assert found.pages[request, head].tolist() == expected + padding
+            assert found.entries[request, head].tolist() == expected + padding
     assert not found.correction.any()
 
 
@@ -139,7 +139,7 @@ def test_a_share_of_the_mass_bounds_what_is_chosen(kernels: None) -> None:
                 if bool((held < plan.top_p).any()):
                     kept.append(page)
                 held += share[:, page].exp()
-            chosen = [page for page in found.pages[request, head].tolist() if page >= 0]
+            chosen = [page for page in found.entries[request, head].tolist() if page >= 0]
             assert chosen == sorted(kept)
             counts.append((len(kept), len(order)))
     assert any(0 < kept < given for kept, given in counts)
@@ -174,7 +174,7 @@ def test_a_second_look_reads_the_most_promising_sub_pages(kernels: None, remaind
                 share = true - mass[request, rows, 0]
                 total[page] = torch.logaddexp(total.get(page, torch.full((3,), NEVER)), share)
             expected = sorted(total, key=lambda page: -float(total[page].max()))[:5]
-            chosen = [page for page in found.pages[request, head].tolist() if page >= 0]
+            chosen = [page for page in found.entries[request, head].tolist() if page >= 0]
             assert chosen == sorted(expected)
             torch.testing.assert_close(found.correction[request, head], wrong.clamp(max=0))
 
@@ -197,7 +197,7 @@ def test_blocks_choose_their_best_pages(kernels: None, monkeypatch, budget: int)
 def test_the_same_numbers_give_the_same_choice(kernels: None) -> None:
     plan = SparsePlan(1, 2, 9, second_look=1, top_p=0.9)
     found = [Case(2, parts_differ=True).choose(plan) for _ in range(2)]
-    assert torch.equal(found[0].pages, found[1].pages)
+    assert torch.equal(found[0].entries, found[1].entries)
     assert torch.equal(found[0].correction, found[1].correction)
 
 
@@ -210,9 +210,9 @@ def test_what_is_used_again_or_dense_is_left_alone(kernels: None, second_look: i
     case.steps = replace(case.steps, reuses=reuses, sparse_from=4)
     found = case.choose(plan)
     for request in (0, 1):
-        assert (found.pages[request] == -7).all()
+        assert (found.entries[request] == -7).all()
         assert (found.correction[request] == 7).all()
-    assert torch.equal(found.pages[2], before.pages[2])
+    assert torch.equal(found.entries[2], before.entries[2])
     assert torch.equal(found.correction[2], before.correction[2])
 
 

@@ -93,7 +93,7 @@ class Case:
         between = set(range(self.plan.sink_pages, own - self.plan.window_pages))
         pruned: set[int] = set()
         if self.chosen is not None:
-            pruned = between - set(self.chosen.pages[request, group].tolist())
+            pruned = between - set(self.chosen.entries[request, group].tolist())
         logits, values = [], []
         for page in sorted(set(range(own + 1)) - pruned):
             count = min(PAGE_SIZE, length - page * PAGE_SIZE)
@@ -187,7 +187,7 @@ def test_a_wrong_tensor_of_the_steps_is_named(name: str) -> None:
         module.decode(**(arguments(case) | {"steps": steps}))
 
 
-@pytest.mark.parametrize("name", ["pages", "correction"])
+@pytest.mark.parametrize("name", ["entries", "correction"])
 def test_a_wrong_tensor_of_the_choice_is_named(name: str) -> None:
     case = Case(*SHAPES[1])
     assert case.chosen is not None

@@ -49,9 +49,9 @@ def batch() -> tuple[list[door.Request], torch.Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"second_look": 2, "top_p": 0.5},
+        {"second_look": 2, "top_p": 0.5, "parts": 4},
         {"remainder": "quadratic"},
-        {"remainder": "mean", "second_look": 1},
+        {"remainder": "mean", "second_look": 1, "parts": 4},
         {"remainder": "none"},
         {"logit_cap": 3.0, "second_look": 1},
         {"sink_pages": 0, "window_pages": 0},
@@ -80,13 +80,13 @@ def test_a_held_choice_is_attended_to(left_over: list[int]) -> None:
         patch.setattr(door, "attend", reference.attend)
         plain, _ = door.step(requests, other, plan, **LIMITS, held=fresh)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
-    assert torch.equal(again.pages, fresh.pages)
+    assert torch.equal(again.entries, fresh.entries)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"second_look": 1},
+        {"second_look": 1, "parts": 4},
         {"sink_pages": 9, "window_pages": 10, "top_p": 0.6},
         {"remainder": "none"},
     ],
@@ -144,7 +144,7 @@ def test_a_held_choice_is_attended_to_however_light_its_nodes_are(left_over: lis
     _, choice = door.step(requests, queries(requests, 6, 24), plan, **limits)
     query = queries(requests, 6, 24, seed=2)
     found, again = door.step(requests, query, plan, **limits, held=choice)
-    assert torch.equal(again.pages, choice.pages)
+    assert torch.equal(again.entries, choice.entries)
     plain = expected(requests, query, plan, **limits, held=choice)
     torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-5)
     anew = door.run(requests, query, plan, **limits)

@@ -93,7 +93,7 @@ def test_a_missed_page_is_left_to_the_remainder_and_there_the_next_time() -> Non
             out = torch.full((2, 6, 40), float("nan"))
             selection = attend(query, kv, here.summaries, blocks, plan, 0.2, out)
             assert selection is not None
-            assert (selection.choice.pages >= 0).all(), "what was chosen is kept as it was"
+            assert (selection.choice.entries >= 0).all(), "what was chosen is kept as it was"
             outs.append(out)
             assert kv.cache.counts[Counts.ESTIMATED] == 2 * 2 * 5
             assert kv.cache.counts[Counts.HELD] == step * 2 * 2 * 5

@@ -215,7 +215,7 @@ def test_what_is_enough_equals_the_reference(case: dict[str, Any]) -> None:
         dropped -= int((chosen >= 0).sum())
         _, selection = here.expected(blocks, plan)
         assert selection is not None
-        expected = selection.choice.pages
+        expected = selection.choice.entries
         for found, wanted in zip(chosen.flatten(0, 1), expected.flatten(0, 1), strict=True):
             assert {*found.tolist()} - {-1} == {*wanted.tolist()} - {-1}
     assert dropped > 0
@@ -227,7 +227,7 @@ def test_attention_equals_the_reference(case: dict[str, Any], settings: dict[str
     for blocks in here.blocks:
         expected, selection = here.expected(blocks, plan)
         assert selection is not None
-        chosen = selection.choice.pages.contiguous()
+        chosen = selection.choice.entries.contiguous()
         found, share = here.attend(blocks, plan, chosen)
         # rows of other blocks are not touched
         close(found, expected, here.query.dtype)
@@ -242,7 +242,7 @@ def test_blocks_near_the_beginning_attend_to_what_there_is() -> None:
     for blocks in here.blocks:
         expected, selection = here.expected(blocks, plan)
         assert selection is not None
-        found, share = here.attend(blocks, plan, selection.choice.pages.contiguous())
+        found, share = here.attend(blocks, plan, selection.choice.entries.contiguous())
         close(found, expected, FULL)
         mass = here.mass(blocks, plan)
         scores = here.score(blocks, plan, mass)
@@ -265,7 +265,7 @@ def test_weighed_chosen_and_attended_by_kernels(case: dict[str, Any]) -> None:
         best, chosen = scores.masked_fill(~between.unsqueeze(1), NEVER).topk(PLAN.budget_pages)
         chosen = chosen.where(best > NEVER, len(page)).sort(-1).values
         chosen = chosen.where(chosen < len(page), -1)
-        assert torch.equal(chosen, selection.choice.pages)
+        assert torch.equal(chosen, selection.choice.entries)
         close(here.attend(blocks, PLAN, chosen)[0], expected, here.query.dtype)
 
 
@@ -282,7 +282,7 @@ def test_a_search_through_nodes_equals_the_reference(dtype: torch.dtype) -> None
     given = here.query, kv, summaries, blocks, plan, SCALE, out, here.nodes
     found = fused.attend(*given)
     assert found is not None
-    assert torch.equal(found.choice.pages, selection.choice.pages)
+    assert torch.equal(found.choice.entries, selection.choice.entries)
     close(out, expected, dtype)
     real = (blocks.position >= 0).unsqueeze(1)
     wanted = here.by_heads(selection.estimated).where(real, 0)

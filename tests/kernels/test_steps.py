@@ -32,12 +32,12 @@ def test_each_step_is_as_it_would_be_alone(
     here = door.scatter(requests)
     nodes, node_table = door.with_nodes(here, requests, 0)
     kept = Choice.empty(7, 2, 3, PLAN, "cpu")
-    kept.pages.fill_(-7)
+    kept.entries.fill_(-7)
     kept.correction.fill_(7)
     row, held = torch.tensor(ROWS), torch.tensor(REUSES).bool()
-    kept.pages[row[held]] = earlier.pages[held]
+    kept.entries[row[held]] = earlier.entries[held]
     kept.correction[row[held]] = earlier.correction[held]
-    before = kept.pages.clone()
+    before = kept.entries.clone()
     position = torch.tensor(LENGTHS) - 1
     steps = DecodeSteps(
         token=torch.arange(len(LENGTHS)),
@@ -59,7 +59,7 @@ def test_each_step_is_as_it_would_be_alone(
 
     for n, request in enumerate(requests):
         own = slice(n, n + 1)
-        again = Choice(earlier.pages[own], earlier.correction[own]) if held[n] else None
+        again = Choice(earlier.entries[own], earlier.correction[own]) if held[n] else None
         alone = expected([request], query[own], PLAN, **LIMITS, held=again)
         torch.testing.assert_close(out[own].double(), alone, rtol=1e-4, atol=1e-5)
     sparse = position >= 512
@@ -67,10 +67,10 @@ def test_each_step_is_as_it_would_be_alone(
     assert not estimated[~sparse].any()
     # a choice stands where it belongs, and nothing else was touched
     fresh = sparse & ~held
-    assert (kept.pages[row[fresh]] >= 0).any(-1).all()
+    assert (kept.entries[row[fresh]] >= 0).any(-1).all()
     others = torch.ones(7, dtype=torch.bool)
     others[row[fresh]] = False
-    assert torch.equal(kept.pages[others], before[others])
+    assert torch.equal(kept.entries[others], before[others])
 
     # a layer that never prunes weighs nothing
     dense = DecodeSteps(**{**vars(steps), "sparse_from": NO_PAGE})

@@ -55,7 +55,8 @@ def outputs(hip: dict[str, Any], seed: int = 0, steps: int = 40, **kwargs: Any):
     "hip",
     [
         {},
-        {"second_look": 2},
+        # what is used again, as what is brought, are whole pages
+        {"second_look": 2, "refresh": 2},
         {"top_p": 0.9, "remainder": "log_cosh"},
         {"remainder": "none"},
         {"refresh": 4},

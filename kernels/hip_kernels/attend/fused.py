@@ -107,8 +107,10 @@ def _attend_rows(
 ) -> Selection | None:
     """Decode steps beside prompts, and the last rows of these."""
     steps = DecodeSteps.of(blocks, reuses=choice is not None)
-    if choice is not None and steps.nodes is not None:
-        check_beam(plan, choice.pages)
+    if choice is not None:
+        assert plan.parts == 1, "only a choice of whole pages is used again"
+        if steps.nodes is not None:
+            check_beam(plan, choice.entries)
     if choice is None:
         group = query.shape[1] // kv.kv_heads
         choice = Choice.empty(len(steps), kv.kv_heads, group, plan, query.device)
@@ -116,7 +118,8 @@ def _attend_rows(
     attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
     if blocks.local is None:
         return None
-    return Selection(choice, estimated.view(choice.correction.shape), blocks.page, plan)
+    share = estimated.view(choice.correction.shape)
+    return Selection(choice, share, blocks.page, plan, parts=plan.parts)
 
 
 def attend_steps(
@@ -142,7 +145,7 @@ def attend_steps(
         if plan.second_look:
             look(query, kv, scores, scratch, steps, choice, plan, scale)
     if isinstance(kv, OffloadedKV):
-        pages = None if kept is None else kept.pages
+        pages = None if kept is None else kept.entries
         pages = bring(
             *(kv, steps.table, steps.page, pages, steps.row, steps.reuses, plan),
             *(steps.sparse_from, kv.miss_policy == "estimate"),

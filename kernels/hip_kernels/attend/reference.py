@@ -72,13 +72,14 @@ def together(waves: Sequence[Selection]) -> Selection:
     """The selections of all waves."""
     return Selection(
         Choice(
-            torch.cat([wave.choice.pages for wave in waves]),
+            torch.cat([wave.choice.entries for wave in waves]),
             torch.cat([wave.choice.correction for wave in waves]),
         ),
         torch.cat([wave.estimated for wave in waves]),
         torch.cat([wave.page for wave in waves]),
         waves[0].plan,
         torch.cat([wave.held for wave in waves if wave.held is not None]),
+        waves[0].parts,
     )
 
 
@@ -123,56 +124,62 @@ def attend_sparse(
     plan: SparsePlan,
     held: Choice | None,
 ) -> tuple[Tensor, Selection]:
-    """Sink, chosen and window pages exactly, every other page through its summary.
+    """Sink, chosen and window exactly, every other page, or its rest, through its summary.
 
     query [Hkv, N, M, D], scaled -> [Hkv, N, M, Dv].
     """
-    chosen = None if held is None else held.pages.transpose(0, 1)
+    chosen = None if held is None else held.entries.transpose(0, 1)
     context = weigher.weigh(query, blocks, chosen) if plan.reads_summaries else None
     correction = query.new_zeros(*query.shape[:3], 1)
+    parts = 1
     if held is not None:
+        assert plan.parts == 1, "only a choice of whole pages is used again"
         correction = held.correction.transpose(0, 1).unsqueeze(-1)
     elif plan.strategy == "tree":
         chosen = search(query, kv, blocks, plan)
     else:
         assert context is not None
-        chosen, correction = select(query, context, kv, blocks, plan)
+        chosen, correction, context = select(query, context, kv, blocks, plan)
+        parts = plan.parts if plan.second_look and blocks.tokens.shape[1] == 1 else 1
     assert chosen is not None
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
-    found = lookup(blocks.table, chosen)
+    tokens = PAGE_SIZE // parts
+    found = lookup(blocks.table, chosen // parts)
     here = kv.held(found)
     # only decode steps have a deadline
     waits = blocks.tokens.shape[1] > 1
     chosen = kv.offer(chosen, found, fresh=held is None, waits=waits)
-    pages = plan.with_fixed_pages(chosen.transpose(0, 1), blocks.page)
-    pages = pages.transpose(0, 1)  # [Hkv, N, K] logical
-    attended = pages[..., (pages >= 0).flatten(0, 1).any(0)]
-    physical = lookup(blocks.table, attended)
+    entries = plan.with_fixed_pages(chosen.transpose(0, 1), blocks.page, parts)
+    entries = entries.transpose(0, 1)  # [Hkv, N, K]
+    attended = entries[..., (entries >= 0).flatten(0, 1).any(0)]
+    physical = lookup(blocks.table, attended // parts)
     kv.bring(physical, attended >= 0)
-    slots = physical * PAGE_SIZE
+    slots = physical * PAGE_SIZE + attended % parts * tokens
     pruned: list[tuple[Tensor, Tensor]] = []
     if context is not None and plan.remainder != "none":
-        columns = context.columns(chosen, blocks.table.shape[1])
+        # chosen parts of pages are not in what these weigh any more
+        whole = chosen if parts == 1 else chosen[..., :0]
+        columns = context.columns(whole, blocks.table.shape[1])
         pruned = context.remainder(columns, blocks.page, plan)
     # one softmax: a pruned page is a key like any other
-    widths = [slots.shape[-1] * PAGE_SIZE, *(logit.shape[-1] for logit, _ in pruned)]
+    widths = [slots.shape[-1] * tokens, *(logit.shape[-1] for logit, _ in pruned)]
     logits = query.new_empty(*query.shape[:3], sum(widths))
     exact, *others = torch.split(logits, widths, -1)
-    soft_cap(kv.scores(query, slots, PAGE_SIZE, exact), plan.logit_cap)
-    absent = (attended < 0).repeat_interleave(PAGE_SIZE, -1)  # [Hkv, N, K * 64]
+    soft_cap(kv.scores(query, slots, tokens, exact), plan.logit_cap)
+    absent = (attended < 0).repeat_interleave(tokens, -1)  # [Hkv, N, K * tokens]
     if bool(absent.any()):
         exact.masked_fill_(absent.unsqueeze(2), NEVER)
     hide_future(exact, future_keys(blocks, blocks.page[:, None], query.shape[2]))
     for (logit, _), other in zip(pruned, others, strict=True):
         torch.add(logit, correction, out=other)
     exact, *others = torch.split(logits.softmax(-1), widths, -1)
-    result = kv.mix(exact, slots)
+    result = kv.mix(exact, slots, tokens)
     estimated = torch.zeros_like(correction).squeeze(-1)
     for (_, value), other in zip(pruned, others, strict=True):
         result += other @ value
         estimated += other.sum(-1)
     return result, Selection(
-        choice, estimated.transpose(0, 1), blocks.page, plan, here.transpose(0, 1)
+        choice, estimated.transpose(0, 1), blocks.page, plan, here.transpose(0, 1), parts
     )
 
 
@@ -203,7 +210,7 @@ def attend_all(
             slots = physical * PAGE_SIZE
             logits = soft_cap(kv.scores(q, slots, PAGE_SIZE), cap)
             hide_future(logits, future)
-            result = kv.mix(logits.softmax(-1), slots)
+            result = kv.mix(logits.softmax(-1), slots, PAGE_SIZE)
         scatter_rows(result, wave, out)
 
 

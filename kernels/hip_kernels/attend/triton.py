@@ -68,7 +68,8 @@ def decode(
     chosen, correction, budget, most = steps.page, estimated, 0, pages  # not read
     if choice is not None:
         check_choice("choice", choice, kv_heads, heads)
-        chosen, correction, budget = choice.pages, choice.correction, choice.pages.shape[2]
+        chosen, correction = choice.entries, choice.correction
+        budget = chosen.shape[2] // plan.parts
         most = plan.sink_pages + budget + plan.window_pages + 1
     # what is not estimated is not read
     columns, logits, node_logits, listed = Columns(0), estimated, estimated, steps.page
@@ -100,6 +101,7 @@ def decode(
         *(most, budget, plan.sink_pages, plan.window_pages),
         *(exact_splits, page_splits, node_splits, summaries.pages, node_value.shape[1]),
         PAGE=PAGE_SIZE,
+        PARTS=plan.parts,
         HELD=stored.held,
         NODE=0 if count == 0 else NODE_PAGES,
         GROUP=group,
@@ -164,6 +166,7 @@ def _decode(
     pool_pages,  # that the summaries have room for
     pool_nodes,
     PAGE: tl.constexpr,
+    PARTS: tl.constexpr,  # of a page that an entry of a choice is
     HELD: tl.constexpr,
     NODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -187,7 +190,7 @@ def _decode(
     sparse = own >= sparse_from
     far = sparse & (own >= nodes_from)
     kept_row = tl.load(kept_rows + request) * kv_heads + head
-    chosen += kept_row * budget
+    chosen += kept_row * budget * PARTS
     v = tl.arange(0, VALUE_BLOCK)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -203,11 +206,18 @@ def _decode(
         count = tl.where(sparse, exact_most, own + 1)
         share = tl.cdiv(count, exact_splits)
         for column in range(split * share, tl.minimum((split + 1) * share, count)):
-            page = tl.where(sparse, exact_page(column, chosen, own, budget, sink, window), column)
+            inside = offset
+            if PARTS == 1:
+                page = exact_page(column, chosen, own, budget, sink, window)
+                page = tl.where(sparse, page, column)
+            else:
+                page, place = exact_tokens(column, chosen, own, budget, sink, window, PAGE, PARTS)
+                page = tl.where(sparse, page, column)
+                inside = tl.where(sparse, place, offset)
             found = tl.load(table + request * pages + page, mask=page >= 0, other=0)
-            seen = (page >= 0) & (page * PAGE + offset <= last)
+            seen = (page >= 0) & (page * PAGE + inside <= last)
             place = row_of(
-                found, offset, head, kv_heads, copy_at, copy_pages, copy_slots, PAGE, HELD
+                found, inside, head, kv_heads, copy_at, copy_pages, copy_slots, PAGE, HELD
             )
             k = load_rows(key, place, seen, WIDTH, BLOCK)
             logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
@@ -227,7 +237,9 @@ def _decode(
         for tile in range(first, tl.minimum(first + share, count)):
             column = tile * TILE + tl.arange(0, TILE)
             page = page_of(column, far_columns, own, listed_pages, far, NODE)
-            pruned = is_pruned(page, chosen, own, budget, sink, window, TILE) & (column < columns)
+            # a chosen part of a page is not in its logit any more
+            taken = budget if PARTS == 1 else 0
+            pruned = is_pruned(page, chosen, own, taken, sink, window, TILE) & (column < columns)
             shown = real[:, None] & pruned[None, :]
             there = here[:, None] * columns + column[None, :]
             logit = tl.load(logits + there, mask=shown, other=float("-inf")) + wrong[:, None]
@@ -269,11 +281,35 @@ def _decode(
 @triton.jit
 def exact_page(column, chosen, own, budget, sink, window):
     """The logical page of an exact column: sink, chosen, window, own; -1 is none."""
+    is_chosen = (column >= sink) & (column < sink + budget)
+    page = tl.load(chosen + column - sink, mask=is_chosen, other=-1)
+    return tl.where(is_chosen, page, fixed_page(column, own, budget, sink, window))
+
+
+@triton.jit
+def fixed_page(column, own, budget, sink, window):
+    """The same where nothing is chosen."""
     last = own - window + column - sink - budget
     page = tl.where((last >= sink) | (last == own), last, -1)
-    is_chosen = (column >= sink) & (column < sink + budget)
-    page = tl.where(is_chosen, tl.load(chosen + column - sink, mask=is_chosen, other=-1), page)
     return tl.where(column < sink, tl.where(column < own, column, -1), page)
+
+
+@triton.jit
+def exact_tokens(
+    column, chosen, own, budget, sink, window, PAGE: tl.constexpr, PARTS: tl.constexpr
+):
+    """The logical pages of an exact column's tokens [PAGE], and where in these they are.
+
+    What is chosen are parts of pages, as many in a column as make a page.
+    """
+    TOKENS: tl.constexpr = PAGE // PARTS
+    offset = tl.arange(0, PAGE)
+    is_chosen = (column >= sink) & (column < sink + budget)
+    entry = (column - sink) * PARTS + offset // TOKENS
+    code = tl.load(chosen + entry, mask=is_chosen & (offset < PAGE), other=-1)
+    page = tl.where(code >= 0, code // PARTS, -1)
+    page = tl.where(is_chosen, page, fixed_page(column, own, budget, sink, window))
+    return page, tl.where(is_chosen, code % PARTS * TOKENS + offset % TOKENS, offset)
 
 
 @triton.jit

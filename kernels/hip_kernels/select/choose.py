@@ -59,8 +59,8 @@ class Shortlist:
         return cls(
             listed=integers(entries, torch.int64),
             keys=integers(max(count * means if looks else count, entries, nodes)),
-            # of pages also which are kept
-            taken=integers(max(entries, 2 * plan.budget_pages, min(plan.beam, nodes))),
+            # of what is chosen also which are kept
+            taken=integers(max(entries, 2 * plan.entries, min(plan.beam, nodes))),
             beam=integers(min(plan.beam, nodes), torch.int64),
         )
 
@@ -77,12 +77,16 @@ def look(
 ) -> None:
     """Choose by real keys into ``choice``: query [T, Hq, D], sub-pages as ``weigh`` listed them.
 
-    Steps that use their choice again, or keep every page, choose nothing.
+    Afterwards ``scores.page`` holds what is known of pages that were read, and of those of which
+    sub-pages are chosen the rest (``reference.Look.known``). Steps that use their choice again, or
+    keep every page, choose nothing.
     """
     batch, heads, width = len(steps), *query.shape[1:]
     kv_heads, means, columns = kv.kv_heads, len(scores.parts), scores.columns
     check("query", query, (None, None, None))
+    assert plan.parts in (1, means), f"plan.parts is {plan.parts}; it must be 1 or {means}"
     if isinstance(kv, OffloadedKV):
+        assert plan.parts == 1, "what is brought to the device are whole pages"
         # pages that may not be chosen are read where they are
         key, span = kv.host.rows.view(kv.dtype), kv.host.rows.shape[2]
         check("kv.host.rows", key, (None, kv_heads, None))
@@ -98,11 +102,11 @@ def look(
     _look[(splits, batch, kv_heads)](
         *(query, steps.token, key, steps.table, shortlist.listed, true, scores.total),
         *(scores.page, scores.parts, scores.spread, steps.page, steps.row, steps.reuses),
-        *(scores.listed, shortlist.keys, shortlist.taken, choice.pages, choice.correction),
+        *(scores.listed, shortlist.keys, shortlist.taken, choice.entries, choice.correction),
         *(arrivals(query.device, batch * kv_heads), float(scale * kv.key_scale)),
         *(float(plan.logit_cap), float(plan.top_p), steps.sparse_from, steps.far_from),
         *(steps.table.shape[1], len(columns), columns.far, entries),
-        *(shortlist.keys.shape[2], shortlist.taken.shape[2], choice.pages.shape[2]),
+        *(shortlist.keys.shape[2], shortlist.taken.shape[2], choice.entries.shape[2]),
         *(columns.head, columns.beam, plan.sink_pages, plan.window_pages),
         PAGE=PAGE_SIZE,
         SPAN=span,
@@ -113,6 +117,7 @@ def look(
         SPLIT=SUB_PAGES_A_SPLIT,
         NODE=0 if steps.nodes is None else NODE_PAGES,
         MEANS=means,
+        PARTS=plan.parts,
         GROUP=group,
         ROWS=rows_of_group(group),
         TOP_P=plan.top_p < 1,
@@ -190,11 +195,14 @@ def shortlist(
     least, equal = least_taken(keys, end * PARTS, wanted, KEYS)
     store_taken(keys, end * PARTS, wanted, least, equal, chosen, taken, KEYS)
     if not LOOKS:
-        _finish(
-            chosen, taken, wanted, page_logit, total, rows, row, own, far, listed_pages,
-            columns, head_pages, beam_pages, sink, window, top_p,
-            NODE, GROUP, ROWS, TOP_P, TILE,
-        )  # fmt: skip
+        if TOP_P:
+            keep_enough(
+                chosen, taken, wanted, page_logit, parts, spread, total, rows, row, own, far,
+                columns, across, head_pages, beam_pages, sink, window, top_p,
+                0, 1, SPREAD, NODE, GROUP, ROWS, TILE,
+            )  # fmt: skip
+        if NODE > 0:
+            to_pages(chosen, wanted, listed_pages, far, 1, TILE)
 
 
 @triton.jit
@@ -243,13 +251,14 @@ def _look(
     SPLIT: tl.constexpr,
     NODE: tl.constexpr,
     MEANS: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOP_P: tl.constexpr,
     TILE: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Read the keys of listed sub-pages; the last program to do so picks pages by them."""
+    """Read the keys of listed sub-pages; the last program to do so chooses by them."""
     request = tl.program_id(1).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(2)
@@ -310,18 +319,19 @@ def _look(
             excess += tl.sum(tl.where(read, share - estimate, 0.0), 1)
             count += tl.sum((code >= 0).to(tl.int32), 0)
 
-            # sub-pages of a page stand together, and the first of them speaks for it
-            before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
-            first = (code >= 0) & ((before < 0) | (before // MEANS != column))
             share = tl.where(read, share - total[:, None], float("-inf"))
-            for ahead in tl.static_range(1, MEANS):
-                other = entry + ahead
-                code = tl.load(listed + other, mask=other < entries, other=-1)
-                same = real[:, None] & ((code >= 0) & (code // MEANS == column))[None, :]
-                more = true + rows[:, None] * entries + other[None, :]
-                more = tl.load(more, mask=same, other=float("-inf"))
-                share = log_add(share, more - total[:, None])
-            best = tl.where(first, key_of(tl.max(share, 0)), NO_KEY)
+            speaks = code >= 0
+            if PARTS == 1:
+                # what was read of a page adds up
+                speaks = is_first(code, entry, entries, listed, MEANS)
+                for ahead in tl.static_range(1, MEANS):
+                    other = entry + ahead
+                    code = tl.load(listed + other, mask=other < entries, other=-1)
+                    same = real[:, None] & ((code >= 0) & (code // MEANS == column))[None, :]
+                    more = true + rows[:, None] * entries + other[None, :]
+                    more = tl.load(more, mask=same, other=float("-inf"))
+                    share = log_add(share, more - total[:, None])
+            best = tl.where(speaks, key_of(tl.max(share, 0)), NO_KEY)
             tl.store(keys + entry, best, mask=entry < entries)
         wrong = tl.minimum(excess / tl.maximum(count, 1).to(tl.float32), 0.0)
         kept_row = tl.load(kept_rows + request) * kv_heads + head
@@ -336,50 +346,103 @@ def _look(
             code = tl.load(listed + entry, mask=entry >= 0, other=0)
             # other warps load the same
             tl.debug_barrier()
-            tl.store(chosen + place, code // MEANS, mask=entry >= 0)
+            tl.store(chosen + place, code // (MEANS // PARTS), mask=entry >= 0)
         tl.debug_barrier()
-        _finish(
-            chosen, taken, budget, page_logit, total, rows, row, own, far, listed_pages,
-            columns, head_pages, beam_pages, sink, window, top_p,
-            NODE, GROUP, ROWS, TOP_P, TILE,
+        if TOP_P:
+            keep_enough(
+                chosen, taken, budget, page_logit, parts, spread, total, rows, row, own, far,
+                columns, across, head_pages, beam_pages, sink, window, top_p,
+                TOKENS, PARTS, SPREAD, NODE, GROUP, ROWS, TILE,
+            )  # fmt: skip
+        _know(
+            listed, true, entries, chosen, budget, page_logit, parts, spread, wrong, rows, real,
+            columns, across, TOKENS, PARTS, SPREAD, MEANS, ROWS, TILE,
         )  # fmt: skip
+        if NODE > 0:
+            to_pages(chosen, budget, listed_pages, far, PARTS, TILE)
 
 
 @triton.jit
-def _finish(
+def _know(
+    listed,
+    true,
+    entries,
     chosen,
-    taken,
     budget,
     page_logit,
-    total,
+    parts,
+    spread,
+    wrong,  # [ROWS]
     rows,
-    row,
-    own,
-    far,
-    listed_pages,
+    real,
     columns,
-    head_pages,
-    beam_pages,
-    sink,
-    window,
-    top_p,
-    NODE: tl.constexpr,
-    GROUP: tl.constexpr,
+    across,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    MEANS: tl.constexpr,
     ROWS: tl.constexpr,
-    TOP_P: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Drop what is more than enough; columns become pages."""
-    if TOP_P:
-        keep_enough(
-            chosen, taken, budget, page_logit, total, rows, row, own, far, columns,
-            head_pages, beam_pages, sink, window, top_p, NODE, GROUP, ROWS, TILE,
-        )  # fmt: skip
-    if NODE > 0:
-        for start in range(0, tl.where(far, budget, 0), TILE):
-            place = start + tl.arange(0, TILE)
-            column = tl.load(chosen + place, mask=place < budget, other=-1)
-            page = tl.load(listed_pages + column, mask=column >= 0, other=-1)
-            # other warps load the same
-            tl.debug_barrier()
-            tl.store(chosen + place, page, mask=column >= 0)
+    """What pages weigh by what was read of them, without sub-pages that are chosen."""
+    for start in range(0, entries, TILE):
+        entry = start + tl.arange(0, TILE)
+        code = tl.load(listed + entry, mask=entry < entries, other=-1)
+        column = tl.where(code >= 0, code // MEANS, -1)
+        speaks = is_first(code, entry, entries, listed, MEANS)
+        shown = real[:, None] & speaks[None, :]
+        at = rows[:, None] * columns + column[None, :]
+        more = tl.full((ROWS, TILE), float(0), tl.float32)
+        if SPREAD:
+            more = tl.load(spread + at, mask=shown, other=0.0)
+        logit = tl.full((ROWS, TILE), float("-inf"), tl.float32)
+        for part in tl.static_range(MEANS):
+            weight = tl.load(parts + part * across + at, mask=shown, other=float("-inf"))
+            weight += more + tl.log(float(TOKENS))
+            # sub-pages of a page stand together
+            for ahead in tl.static_range(MEANS):
+                other = entry + ahead
+                it = tl.load(listed + other, mask=other < entries, other=-1)
+                same = shown & ((it >= 0) & (it == column * MEANS + part))[None, :]
+                found = tl.load(
+                    true + rows[:, None] * entries + other[None, :], mask=same, other=0.0
+                )
+                found = tl.minimum(weight, found) - wrong[:, None]
+                weight = tl.where(same, found, weight)
+            if PARTS > 1:
+                taken = is_among(column * MEANS + part, chosen, budget, TILE)
+                weight = tl.where(taken[None, :], float("-inf"), weight)
+            logit = log_add(logit, weight)
+        tl.store(page_logit + at, logit, mask=shown)
+    tl.debug_barrier()
+
+
+@triton.jit
+def is_first(code, entry, entries, listed, MEANS: tl.constexpr):
+    """Which entries [TILE] of a list are the first of their page: these stand together."""
+    before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
+    return (code >= 0) & ((before < 0) | (before // MEANS != code // MEANS))
+
+
+@triton.jit
+def is_among(code, chosen, budget, TILE: tl.constexpr):
+    """Which codes [TILE] are chosen."""
+    found = code < 0
+    for start in range(0, budget, TILE):
+        place = start + tl.arange(0, TILE)
+        other = tl.load(chosen + place, mask=place < budget, other=-1)
+        found |= tl.max((code[:, None] == other[None, :]).to(tl.int32), 1) > 0
+    return found
+
+
+@triton.jit
+def to_pages(chosen, budget, listed_pages, far, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Columns, in parts, become pages, in parts."""
+    for start in range(0, tl.where(far, budget, 0), TILE):
+        place = start + tl.arange(0, TILE)
+        column = tl.load(chosen + place, mask=place < budget, other=-1)
+        there = tl.where(column >= 0, column // PARTS, 0)
+        page = tl.load(listed_pages + there, mask=column >= 0, other=-1)
+        # other warps load the same
+        tl.debug_barrier()
+        tl.store(chosen + place, page * PARTS + column % PARTS, mask=column >= 0)

@@ -15,17 +15,23 @@ def keep_enough(
     taken,
     budget,
     page_logit,
+    parts,
+    spread,
     total,  # [ROWS]
     rows,
     row,
     own,
     far,
     columns,
+    across,  # from a part to the next
     head_pages,
     beam_pages,
     sink,
     window,
     top_p,
+    TOKENS: tl.constexpr,  # of a part
+    PARTS: tl.constexpr,
+    SPREAD: tl.constexpr,
     NODE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,10 +59,18 @@ def keep_enough(
         before = tl.zeros((ROWS, TILE), tl.float32) + held[:, None]
         for others in range(0, budget, TILE):
             other = others + tl.arange(0, TILE)
-            column = tl.load(chosen + other, mask=other < budget, other=-1)
-            known = real[:, None] & (column >= 0)[None, :]
-            at = page_logit + rows[:, None] * columns + column[None, :]
-            share = tl.exp(tl.load(at, mask=known, other=float("-inf")) - total[:, None])
+            code = tl.load(chosen + other, mask=other < budget, other=-1)
+            known = real[:, None] & (code >= 0)[None, :]
+            at = rows[:, None] * columns + (code // PARTS)[None, :]
+            if PARTS == 1:
+                logit = tl.load(page_logit + at, mask=known, other=float("-inf"))
+            else:
+                part = (code % PARTS * across)[None, :]
+                logit = tl.load(parts + part + at, mask=known, other=float("-inf"))
+                logit += tl.log(float(TOKENS))
+                if SPREAD:
+                    logit += tl.load(spread + at, mask=known, other=0.0)
+            share = tl.exp(logit - total[:, None])
             rival = tl.load(taken + other, mask=other < budget, other=NO_KEY)
             tie = (rival[:, None] == key[None, :]) & (other[:, None] < place[None, :])
             better = (rival[:, None] > key[None, :]) | tie

@@ -53,10 +53,11 @@ def weigh(
     batch, heads, width = len(steps), *query.shape[1:]
     pages, kv_heads = steps.table.shape[1], len(summaries.sigma)
     means, columns, looks = summaries.mean.shape[1], out.columns, plan.second_look > 0
-    budget, count = choice.pages.shape[2], out.node.shape[2]
+    budget, count = choice.entries.shape[2], out.node.shape[2]
     assert plan.remainder in GUARDS, f"plan.remainder {plan.remainder} has no kernel: {[*GUARDS]}"
     assert heads % kv_heads == 0, f"query has {heads} heads, no multiple of {kv_heads} KV heads"
     assert budget > 0, "choice has room for no page; a step chooses one or more"
+    assert looks or plan.parts == 1, "without a second look a step chooses whole pages"
     check("query", query, (None, None, summaries.mean.shape[-1]))
     check_steps("steps", steps)
     check_summaries("summaries", summaries, kv_heads)
@@ -73,7 +74,7 @@ def weigh(
     group = heads // kv_heads
     tiles = tiles_of(columns, count)
     splits = min(tiles, max(1, triton.cdiv(PROGRAMS, batch * kv_heads)))
-    listed = scratch.listed if looks else choice.pages
+    listed = scratch.listed if looks else choice.entries
     # what spills with four warps
     crowded = width > 128 or group > 16
     for beam in (False,) if steps.nodes is None else (False, True):
@@ -81,7 +82,7 @@ def weigh(
             *(query, steps.token, steps.page, steps.row, steps.reuses, steps.table, node_table),
             *(summaries.mean, summaries.sigma, of_nodes.mean, of_nodes.sigma),
             *(out.page, out.parts, out.spread, out.node, out.mass, out.total, out.listed),
-            *(choice.pages, choice.correction, listed, scratch.keys, scratch.taken, scratch.beam),
+            *(choice.entries, choice.correction, listed, scratch.keys, scratch.taken, scratch.beam),
             *(arrivals(query.device, batch * kv_heads), float(scale), float(plan.logit_cap)),
             *(float(plan.top_p), steps.sparse_from, steps.far_from),
             *(pages, summaries.pages, count, of_nodes.pages),

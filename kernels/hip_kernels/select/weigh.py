@@ -98,10 +98,11 @@ class Context:
         """[Hkv | 1, N, S]: the pages between sink and window of the blocks in ``own`` [N]."""
         return (self.page >= plan.sink_pages) & (self.page < (own - plan.window_pages)[:, None])
 
-    def pages(self, columns: Tensor) -> Tensor:
-        """Columns [Hkv, N, K] -> logical pages in their order; padding (-1) goes last."""
+    def entries(self, columns: Tensor, parts: int) -> Tensor:
+        """Columns [Hkv, N, K], in parts -> ``Choice.entries``; padding (-1) goes last."""
         last = torch.iinfo(torch.int64).max
-        found = self.page.expand(*columns.shape[:2], -1).gather(2, columns.clamp(min=0))
+        found = self.page.expand(*columns.shape[:2], -1).gather(2, columns.clamp(min=0) // parts)
+        found = found * parts + columns % parts
         found = found.where(columns >= 0, last).sort(-1).values
         return found.where(found < last, -1)
 
