@@ -68,7 +68,8 @@ class Case:
         self.kv = PagedKV(rows, rows, key_scale=0.5)
         self.flat = torch.full((5, heads, WIDTH), nan)
         self.flat[self.steps.token] = self.query
-        self.scores: Scores | None = None
+        self.weighed: Scores | None = None  # before a second look
+        self.known: Tensor | None = None  # what each page weighs after it
 
     def choose(self, plan: SparsePlan) -> Choice:
         """What stands in the rows of all requests afterwards."""
@@ -82,10 +83,12 @@ class Case:
         scratch = looking.Shortlist.of(scores, KV_HEADS, plan)
         given = self.flat, self.summaries, None, self.steps, kept, plan, 1.0, scores, scratch
         weighing.weigh(*given)
+        of = scores.page.clone(), scores.parts.clone(), scores.spread.clone()
+        self.weighed = replace(scores, **dict(zip(("page", "parts", "spread"), of, strict=True)))
         if plan.second_look:
             given = self.flat, self.kv, scores, scratch, self.steps, kept, plan, 0.2
             looking.look(*given)
-        self.scores = scores
+        self.known = scores.page
         for row in (2, 3):
             assert (kept.entries[row] == -7).all()
         return Choice(kept.entries[self.steps.row], kept.correction[self.steps.row])
@@ -93,8 +96,8 @@ class Case:
     @property
     def page(self) -> Tensor:
         """What each page was weighed to be, [B, Hq, P]."""
-        assert self.scores is not None
-        return self.scores.page.nan_to_num(nan=NEVER)
+        assert self.weighed is not None
+        return self.weighed.page.nan_to_num(nan=NEVER)
 
     def shares(self) -> Tensor:
         """[B, Hkv, G, P]"""
@@ -146,16 +149,20 @@ def test_a_share_of_the_mass_bounds_what_is_chosen(kernels: None) -> None:
 
 
 @pytest.mark.parametrize("remainder", ["harmonic", "mean"])
-def test_a_second_look_reads_the_most_promising_sub_pages(kernels: None, remainder: str) -> None:
-    plan = SparsePlan(1, 2, 5, remainder, second_look=2)
+@pytest.mark.parametrize("parts", [1, MEANS])
+def test_a_second_look_reads_the_most_promising_sub_pages(
+    kernels: None, remainder: str, parts: int
+) -> None:
+    plan = SparsePlan(1, 2, 5, remainder, second_look=2, parts=parts)
     case = Case(3, parts_differ=True)
     found = case.choose(plan)
-    assert case.scores is not None
+    assert case.weighed is not None
+    assert case.known is not None
     tokens = PAGE_SIZE // MEANS
-    spread = case.scores.spread if remainder == "harmonic" else torch.zeros(())
+    spread = case.weighed.spread if remainder == "harmonic" else torch.zeros(())
     mass = case.page.logsumexp(-1, keepdim=True)
-    promise = (case.scores.parts + spread - mass).view(MEANS, BATCH, KV_HEADS, 3, PAGES)
-    estimate = case.scores.parts + spread + torch.tensor(float(tokens)).log()
+    promise = (case.weighed.parts + spread - mass).view(MEANS, BATCH, KV_HEADS, 3, PAGES)
+    estimate = case.weighed.parts + spread + torch.tensor(float(tokens)).log()
     for request, visible in enumerate(VISIBLE):
         for head in range(KV_HEADS):
             hope = promise[:, request, head].amax(1)
@@ -165,6 +172,7 @@ def test_a_second_look_reads_the_most_promising_sub_pages(kernels: None, remaind
             )[: 2 * 5 * MEANS]
             rows = slice(head * 3, head * 3 + 3)
             total: dict[int, Tensor] = {}
+            logit = estimate[:, request, rows].clone()
             wrong = torch.zeros(3)
             for page, part in listed:
                 start = int(case.table[request, page]) * PAGE_SIZE + part * tokens
@@ -172,11 +180,22 @@ def test_a_second_look_reads_the_most_promising_sub_pages(kernels: None, remaind
                 true = (case.query[request, rows] * 0.2 @ key.T).logsumexp(-1)
                 wrong += (true - estimate[part, request, rows, page]) / len(listed)
                 share = true - mass[request, rows, 0]
-                total[page] = torch.logaddexp(total.get(page, torch.full((3,), NEVER)), share)
-            expected = sorted(total, key=lambda page: -float(total[page].max()))[:5]
-            chosen = [page for page in found.entries[request, head].tolist() if page >= 0]
+                entry = page * parts + part * parts // MEANS
+                total[entry] = torch.logaddexp(total.get(entry, torch.full((3,), NEVER)), share)
+                logit[part, :, page] = torch.minimum(true, logit[part, :, page])
+            expected = sorted(total, key=lambda entry: -float(total[entry].max()))[: 5 * parts]
+            chosen = [entry for entry in found.entries[request, head].tolist() if entry >= 0]
             assert chosen == sorted(expected)
-            torch.testing.assert_close(found.correction[request, head], wrong.clamp(max=0))
+            wrong.clamp_(max=0)
+            torch.testing.assert_close(found.correction[request, head], wrong)
+            for page, part in listed:
+                logit[part, :, page] -= wrong
+                if parts > 1 and page * MEANS + part in chosen:
+                    logit[part, :, page] = NEVER
+            known = case.known[request, rows, :visible]
+            torch.testing.assert_close(
+                known, logit[..., :visible].logsumexp(0), rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("budget", [1, 30, 100])

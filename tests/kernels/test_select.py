@@ -37,9 +37,9 @@ def test_every_visible_page_is_exact_once_or_pruned(
     by_column = (
         torch.nn.functional.pad(score, (0, 2)).transpose(0, 1).gather(2, column.expand(2, -1, -1))
     )
-    columns = best(by_column, context.candidates(page, plan), plan)
+    columns = best(by_column, context.candidates(page, plan), budget)
     [(left_over, _)] = context.remainder(columns, page, plan)
-    budgeted = context.pages(columns)
+    budgeted = context.entries(columns, 1)
     assert torch.equal(columns.sort(-1).values, context.columns(budgeted, pages).sort(-1).values)
     selected = plan.with_fixed_pages(budgeted.transpose(0, 1), page)
     for n in range(blocks):

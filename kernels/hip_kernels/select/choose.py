@@ -322,8 +322,9 @@ def _look(
             share = tl.where(read, share - total[:, None], float("-inf"))
             speaks = code >= 0
             if PARTS == 1:
-                # what was read of a page adds up
-                speaks = is_first(code, entry, entries, listed, MEANS)
+                # sub-pages of a page stand together, and the first of them speaks for it
+                before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
+                speaks &= (before < 0) | (before // MEANS != column)
                 for ahead in tl.static_range(1, MEANS):
                     other = entry + ahead
                     code = tl.load(listed + other, mask=other < entries, other=-1)
@@ -352,7 +353,7 @@ def _look(
             keep_enough(
                 chosen, taken, budget, page_logit, parts, spread, total, rows, row, own, far,
                 columns, across, head_pages, beam_pages, sink, window, top_p,
-                TOKENS, PARTS, SPREAD, NODE, GROUP, ROWS, TILE,
+                TOKENS, PARTS, SPREAD, NODE, GROUP, ROWS, TILE // 2,
             )  # fmt: skip
         _know(
             listed, true, entries, chosen, budget, page_logit, parts, spread, wrong, rows, real,
@@ -384,44 +385,42 @@ def _know(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """What pages weigh by what was read of them, without sub-pages that are chosen."""
+    """What pages weigh by what was read of them, without sub-pages that are chosen.
+
+    What their parts weigh is overwritten first.
+    """
     for start in range(0, entries, TILE):
         entry = start + tl.arange(0, TILE)
         code = tl.load(listed + entry, mask=entry < entries, other=-1)
-        column = tl.where(code >= 0, code // MEANS, -1)
-        speaks = is_first(code, entry, entries, listed, MEANS)
-        shown = real[:, None] & speaks[None, :]
-        at = rows[:, None] * columns + column[None, :]
-        more = tl.full((ROWS, TILE), float(0), tl.float32)
+        read = real[:, None] & (code >= 0)[None, :]
+        at = rows[:, None] * columns + (code // MEANS)[None, :]
+        part = parts + (code % MEANS * across)[None, :] + at
+        more = tl.full((ROWS, TILE), 0, tl.float32)
         if SPREAD:
-            more = tl.load(spread + at, mask=shown, other=0.0)
+            more = tl.load(spread + at, mask=read, other=0.0)
+        more += tl.log(float(TOKENS))
+        found = tl.load(true + rows[:, None] * entries + entry[None, :], mask=read, other=0.0)
+        found = tl.minimum(found - more, tl.load(part, mask=read, other=0.0)) - wrong[:, None]
+        if PARTS > 1:
+            taken = is_among(code, chosen, budget, TILE)
+            found = tl.where(taken[None, :], float("-inf"), found)
+        tl.store(part, found, mask=read)
+    tl.debug_barrier()
+    for start in range(0, entries, TILE):
+        entry = start + tl.arange(0, TILE)
+        code = tl.load(listed + entry, mask=entry < entries, other=-1)
+        read = real[:, None] & (code >= 0)[None, :]
+        at = rows[:, None] * columns + (code // MEANS)[None, :]
         logit = tl.full((ROWS, TILE), float("-inf"), tl.float32)
         for part in tl.static_range(MEANS):
-            weight = tl.load(parts + part * across + at, mask=shown, other=float("-inf"))
-            weight += more + tl.log(float(TOKENS))
-            # sub-pages of a page stand together
-            for ahead in tl.static_range(MEANS):
-                other = entry + ahead
-                it = tl.load(listed + other, mask=other < entries, other=-1)
-                same = shown & ((it >= 0) & (it == column * MEANS + part))[None, :]
-                found = tl.load(
-                    true + rows[:, None] * entries + other[None, :], mask=same, other=0.0
-                )
-                found = tl.minimum(weight, found) - wrong[:, None]
-                weight = tl.where(same, found, weight)
-            if PARTS > 1:
-                taken = is_among(column * MEANS + part, chosen, budget, TILE)
-                weight = tl.where(taken[None, :], float("-inf"), weight)
-            logit = log_add(logit, weight)
-        tl.store(page_logit + at, logit, mask=shown)
+            more = tl.load(parts + part * across + at, mask=read, other=float("-inf"))
+            logit = log_add(logit, more)
+        logit += tl.log(float(TOKENS))
+        if SPREAD:
+            logit += tl.load(spread + at, mask=read, other=0.0)
+        # entries of a page store the same
+        tl.store(page_logit + at, logit, mask=read)
     tl.debug_barrier()
-
-
-@triton.jit
-def is_first(code, entry, entries, listed, MEANS: tl.constexpr):
-    """Which entries [TILE] of a list are the first of their page: these stand together."""
-    before = tl.load(listed + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
-    return (code >= 0) & ((before < 0) | (before // MEANS != code // MEANS))
 
 
 @triton.jit
