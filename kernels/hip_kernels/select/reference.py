@@ -42,16 +42,16 @@ def select(
     if plan.second_look and blocks.tokens.shape[1] == 1:
         seen, parts = look(query, context, mass, candidates, kv, blocks, plan), plan.parts
         score, correction = seen.score(mass, blocks, parts), seen.correction
-        candidates = candidates.repeat_interleave(parts, -1)
     else:
         score = best_of_rows(context.logits.page - mass, blocks)
-    columns = best(score, candidates, plan.budget_pages * parts)
+    columns = best(score, candidates.repeat_interleave(parts, -1), plan.budget_pages * parts)
     if plan.top_p < 1:
         share = (context.logits.page - mass).exp_()  # [Hkv, N, M, S]
-        fixed = (context.page >= 0) & ~context.candidates(blocks.page, plan)
+        fixed = (context.page >= 0) & ~candidates
         held = share.masked_fill(~fixed.unsqueeze(2), 0).sum(-1, keepdim=True)
         if parts > 1:
-            share = (sub_pages(context.logits) - mass.unsqueeze(-1)).exp_().flatten(3)
+            assert seen is not None
+            share = (seen.estimated - mass).exp_()
         columns = enough(columns, share, held, blocks, plan.top_p)
     if seen is not None and plan.remainder != "none":
         context = replace(context, logits=seen.known(columns, parts))
@@ -63,6 +63,7 @@ class Look:
     """Sub-pages of which the keys were read: K of them, as column * L + part."""
 
     logits: PageLogits  # as they were estimated
+    estimated: Tensor  # [Hkv, N, M, S * L] all sub-pages, as they were estimated
     at: Tensor  # [Hkv, N, K]
     absent: Tensor  # [Hkv, N, 1, K]: there were fewer
     true: Tensor  # [Hkv, N, M, K]: the log of the sum of exp over a sub-page's keys
@@ -76,9 +77,12 @@ class Look:
         share = (self.true - mass).masked_fill_(self.absent, NEVER)
         count = len(self.logits.parts)
         size = self.logits.page.shape[-1] * parts
+        if parts == count:
+            best = share.new_full((*self.at.shape[:2], size), NEVER)
+            return best.scatter_(2, self.at, best_of_rows(share, blocks))
         top = share.amax(-1, keepdim=True).clamp(min=LEAST)
         found = share.new_zeros((*share.shape[:3], size))
-        at = (self.at // (count // parts)).unsqueeze(2).expand_as(share)
+        at = (self.at // count).unsqueeze(2).expand_as(share)
         found.scatter_add_(3, at, (share - top).exp_())
         return best_of_rows(found.log_().add_(top), blocks)
 
@@ -89,16 +93,15 @@ class Look:
         it was found to, if that is less than was estimated: where it is more, few of its keys are
         heavy, and of these the mean value says little. The correction is not in it yet.
         """
-        estimated = sub_pages(self.logits)
-        logit = estimated.flatten(3)
         at = self.at.unsqueeze(2).expand_as(self.true)
-        before = logit.gather(3, at)
+        before = self.estimated.gather(3, at)
         found = torch.minimum(before, self.true) - self.correction
-        logit = logit.scatter(3, at, before.where(self.absent, found))
+        logit = self.estimated.scatter(3, at, before.where(self.absent, found))
         if parts > 1:
             chosen = mark(columns, columns >= 0, logit.shape[-1])
             logit.masked_fill_(chosen.unsqueeze(2), NEVER)
-        return replace(self.logits, page=logit.view(estimated.shape).logsumexp(-1))
+        page = logit.view(*self.logits.page.shape, -1).logsumexp(-1)
+        return replace(self.logits, page=page)
 
 
 def look(
@@ -119,10 +122,10 @@ def look(
     logits = context.logits
     count = len(logits.parts)
     tokens = PAGE_SIZE // count
-    rest = mass if logits.spread is None else mass - logits.spread
-    promise = torch.stack([best_of_rows(part - rest, blocks) for part in logits.parts], -1)
-    size = promise.shape[2]
-    promise = promise.masked_fill_(~candidates.unsqueeze(-1), NEVER).flatten(2)  # [Hkv, N, S * L]
+    estimated = sub_pages(logits).flatten(3)
+    promise = best_of_rows(estimated - mass, blocks)
+    size = logits.page.shape[-1]
+    promise = promise.masked_fill_(~candidates.repeat_interleave(count, -1), NEVER)
     wanted = min(plan.second_look * plan.budget_pages, size) * count
     promises, at = promise.topk(wanted)
     page = context.page.expand(*at.shape[:2], -1).gather(2, at // count)
@@ -130,10 +133,10 @@ def look(
     found = soft_cap(kv.scores(query, slots, tokens), plan.logit_cap)
     true = found.view(*found.shape[:3], wanted, tokens).logsumexp(-1)
     absent = (promises == NEVER).unsqueeze(2)
-    estimated = sub_pages(logits).flatten(3).gather(3, at.unsqueeze(2).expand_as(true))
-    excess = (true - estimated).masked_fill_(absent, 0).sum(-1, keepdim=True)
+    excess = true - estimated.gather(3, at.unsqueeze(2).expand_as(true))
+    excess = excess.masked_fill_(absent, 0).sum(-1, keepdim=True)
     excess /= (~absent).sum(-1, keepdim=True).clamp(min=1)
-    return Look(logits, at, absent, true, excess.clamp_(max=0))
+    return Look(logits, estimated, at, absent, true, excess.clamp_(max=0))
 
 
 def sub_pages(logits: PageLogits) -> Tensor:
