@@ -132,8 +132,12 @@ def told(
 
 
 def nearest(found: list[Trial], preset: Values) -> Trial | None:
-    """The nearest to dense of those that are better than a preset in both."""
-    better = [trial for trial in found if dominates(trial.values, preset)]
+    """The nearest to dense of those that are better than a preset in both, and read less by 2%.
+
+    With ``top_p`` some documents make a configuration read more than others do.
+    """
+    divergence, share = preset
+    better = [trial for trial in found if dominates(trial.values, (divergence, 0.98 * share))]
     return min(better, key=lambda trial: trial.values[0], default=None)
 
 

@@ -67,7 +67,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, device: Any, out: Path, deadline: float) -> int:
-    from hip_kernels.layout import SparsePlan
+    from hip_kernels.layout import SUB_PAGES, SparsePlan
 
     from .correctness import checks, tiny_plan
     from .plot import draw
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, device: Any, out: Path, deadline: float) -
         return fail(f"correctness: {what}; the last check that passed: {last}")
     if args.only == "correctness":
         return 0
-    plan = tiny_plan() if args.tiny else SparsePlan(second_look=2)
+    plan = tiny_plan() if args.tiny else SparsePlan(second_look=2, parts=SUB_PAGES)
     wanted = args.dense.split(",") if args.dense else None
     sweep = Sweep(device, plan, rows, deadline, say, wanted)
     sweep.run(cells(args.only, args.tiny))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -94,6 +94,7 @@ def _steps(case: Case, blocks: list[QueryBlocks]) -> tuple[Step, Step]:
 def _choices(case: Case, blocks: list[QueryBlocks]) -> dict[int, list[Choice]]:
     """What each layer chooses, block by block."""
     found = {}
+    case = replace(case, plan=replace(case.plan, parts=1))  # what is used again are whole pages
     for layer in case.layers:
         selections = [_attend(case, layer, block) for block in blocks]
         found[id(layer)] = [selection.choice for selection in selections if selection is not None]
@@ -103,7 +104,8 @@ def _choices(case: Case, blocks: list[QueryBlocks]) -> dict[int, list[Choice]]:
 def _attend(
     case: Case, layer: Layer, block: QueryBlocks, choice: Choice | None = None
 ) -> Selection | None:
-    given = layer.query, layer.kv, layer.summaries, block, case.plan, case.scale
+    plan = case.plan if choice is None else replace(case.plan, parts=1)
+    given = layer.query, layer.kv, layer.summaries, block, plan, case.scale
     return fused.attend(*given, layer.out, layer.nodes, choice)
 
 

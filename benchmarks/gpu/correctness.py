@@ -1,8 +1,8 @@
 """Every kernel against the reference: in float64 what is simple, in float32 what the reference is.
 
-The reference computes in float32 on the CPU, from the very numbers that the kernels read. What is
-attended to is compared for the kernel's own choice, so that two pages of the same weight may
-change places.
+The reference computes in float32 on the CPU, from the very numbers that the kernels read. Two pages
+of the same weight may change places: decode steps are compared where both chose the same, and what
+is attended to otherwise for the kernel's own choice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hip_kernels.attend import fused, reference
 from hip_kernels.layout import (
     NODE_PAGES,
     PAGE_SIZE,
+    SUB_PAGES,
     Choice,
     QueryBlocks,
     Selection,
@@ -58,7 +59,7 @@ class Check:
 
 def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
     """All of them, as they are done."""
-    plan = tiny_plan() if tiny else SparsePlan(second_look=2)
+    plan = tiny_plan() if tiny else SparsePlan(second_look=2, parts=SUB_PAGES)
     context = 768 if tiny else 8192
     # at the end of a page, within one, at its start, and where there is little to choose from
     lengths = [context, context - 37, context - PAGE_SIZE + 1, context // 8]
@@ -82,7 +83,7 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 def tiny_plan() -> SparsePlan:
     """Prunes where a context has no more than a handful of pages."""
-    return SparsePlan(sink_pages=1, window_pages=1, budget_pages=2, second_look=2)
+    return SparsePlan(sink_pages=1, window_pages=1, budget_pages=2, second_look=2, parts=SUB_PAGES)
 
 
 def _shapes(device: torch.device, tiny: bool) -> list[tuple[Model, torch.dtype]]:
@@ -175,34 +176,46 @@ def _attention(case: Case) -> Iterator[Check]:
 def _sparse(
     case: Case, layer: Layer, blocks: QueryBlocks, host: Layer, there: QueryBlocks, rows: str
 ) -> Iterator[Check]:
-    out = torch.full_like(layer.out, math.nan)
+    out, expected = torch.full_like(layer.out, math.nan), torch.empty_like(host.out)
     found = _attend(case, layer, blocks, out)
-    given = host.query, host.kv, host.summaries, there, case.plan, case.scale
-    own = reference.attend(*given, torch.empty_like(host.out), host.nodes)
+    given = host.query, host.kv, host.summaries, there
+    more = case.scale, expected, host.nodes
+    own = reference.attend(*given, case.plan, *more)
     assert found is not None
     assert own is not None
     mine, theirs = found.choice.entries.cpu(), own.choice.entries
     moved = ~(mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1)
-    # not the error of a number: the share of pages that others would have chosen
+    # not the error of a number: the share of entries that others would have chosen
     few = 0.01 if case.cell.dtype == FULL else 0.05
     yield Check(f"choose ({rows})", _shape(case), float(moved.float().mean()), few)
     wrong = difference(found.choice.correction.cpu(), own.choice.correction)
     yield Check(f"choose ({rows}, correction)", _shape(case), wrong, 10 * _limit(case))
+    if rows == "decode":
+        same = ~moved.flatten(1).any(1)
+        errors = [
+            difference(_rows(out, blocks).cpu()[same], _rows(expected, there)[same]),
+            difference(
+                _real(found.estimated, blocks).cpu()[same], _real(own.estimated, there)[same]
+            ),
+        ]
+        yield Check(f"attend ({rows})", _shape(case), max(errors), _limit(case))
 
-    choice = Choice(mine, found.choice.correction.float().cpu())
-    expected = torch.empty_like(host.out)
-    again = reference.attend(*given, expected, host.nodes, choice)
+    # what is used again are whole pages
+    whole = replace(case, plan=replace(case.plan, parts=1))
+    found = _attend(whole, layer, blocks, out)
+    assert found is not None
+    choice = Choice(found.choice.entries.cpu(), found.choice.correction.float().cpu())
+    out = torch.full_like(layer.out, math.nan)
+    found = _attend(whole, layer, blocks, out, found.choice)
+    again = reference.attend(*given, whole.plan, *more, choice)
+    assert found is not None
     assert again is not None
-    wanted = _rows(expected, there)
     errors = [
-        difference(_rows(out, blocks).cpu(), wanted),
+        difference(_rows(out, blocks).cpu(), _rows(expected, there)),
         difference(_real(found.estimated, blocks).cpu(), _real(again.estimated, there)),
     ]
-    yield Check(f"attend ({rows})", _shape(case), max(errors), _limit(case))
-    out = torch.full_like(layer.out, math.nan)
-    _attend(case, layer, blocks, out, found.choice)
-    error = difference(_rows(out, blocks).cpu(), wanted)
-    yield Check(f"attend ({rows}, held choice)", _shape(case), error, _limit(case))
+    what = f"attend ({rows}, held choice)" if rows == "decode" else f"attend ({rows})"
+    yield Check(what, _shape(case), max(errors), _limit(case))
 
 
 def _attend(

@@ -75,8 +75,12 @@ class Space:
         own = {name: getattr(self.base, name) for name in OWN}
         plain = {"dense": False, **own}
         changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
-        changes += [{"budget": budget} for budget in options["budget.0"]]
-        changes += [{"second_look": look} for look in (LOOKS[0], LOOKS[-1])]
+        looks = (self.base.second_look, LOOKS[0], LOOKS[-1])
+        changes += [
+            {"budget": budget, "second_look": look}
+            for look in looks
+            for budget in options["budget.0"]
+        ]
         found: list[Genes] = []
         for change in changes:
             wanted = {**plain, **change}

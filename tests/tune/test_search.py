@@ -36,8 +36,8 @@ def judge(genes: Genes) -> Values:
 def test_layers_are_grouped_in_order() -> None:
     assert [layer for group in SPACE.groups for layer in group] == list(range(12))
     assert len(SPACE.groups) == 8
-    # what is given, dense, another refresh and top_p, four other budgets, and two second looks
-    assert len(SPACE.uniform()) == 10
+    # what is given, dense, another refresh and top_p; five budgets, each with three second looks
+    assert len(SPACE.uniform()) == 4 + 5 * 3 - 1
     assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
 
 
