@@ -29,6 +29,8 @@ from hip_kernels.layout import (
 
 NEVER = float("-inf")
 LEAST = torch.finfo(torch.float32).min
+# logits of a KV head that rows of a prompt weigh at a time: some such tensors fit in a cache
+TILE_LOGITS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PageLogits:
     """What pages weigh for query rows, each as the logit of one key."""
 
     page: Tensor  # [..., S] the estimated log of the sum of exp over the page's keys
-    parts: Tensor  # [L, ..., S] q . mean of each sub-page
+    parts: Tensor  # [L, ..., S] q . mean of each sub-page; L is 0 where none is looked at
     spread: Tensor | None  # [..., S] the guarded second cumulant about those means
 
     def view(self, *shape: int) -> PageLogits:
@@ -123,7 +125,7 @@ def weigh_pages(
 ) -> Context:
     """A column for every page of ``near``, the summaries of ``local``: query [Hkv, N, M, D]."""
     shape = (*query.shape[:3], near.pages)
-    logits = page_logits(query.flatten(1, 2), near, plan).view(*shape)
+    logits = weigh(query.flatten(1, 2), near, blocks, plan).view(*shape)
     page = numbers(local, blocks.page, near.pages)
     return Context(page[None], logits, near.value[:, None])
 
@@ -146,7 +148,7 @@ def weigh_nodes(
     """
     heads = len(query)
     shape = (*query.shape[:3], near.pages)
-    logit = page_logits(query.flatten(1, 2), near, plan).view(*shape).page
+    logit = weigh(query.flatten(1, 2), near, blocks, plan).view(*shape).page
     logit += math.log(NODE_PAGES)  # a summary counts for 64 keys, a node holds more
     first, end = node_range(blocks.page, plan)
     node = numbers(local, end, near.pages)  # [N, J]
@@ -211,7 +213,7 @@ def _some_pages(
     shape = (*query.shape[:3], pages.shape[2])
     physical = lookup(blocks.table, pages)
     found = [
-        page_logits(q, near, plan)
+        weigh(q, near, blocks, plan)
         for q, near in zip(query, summaries.each_head(physical), strict=True)
     ]
     logits = PageLogits.joined(found, partial(torch.stack, dim=-4))
@@ -229,6 +231,20 @@ def numbers(local: LocalPages, end: Tensor, size: int) -> Tensor:
     found = torch.full((len(end), size + 1), -1, device=table.device)
     # what is not before lands in a column that is thrown away
     return found.scatter_(1, table.where(before, size), number.expand_as(table))[:, :size]
+
+
+def weigh(query: Tensor, summaries: Summaries, blocks: QueryBlocks, plan: SparsePlan) -> PageLogits:
+    """``page_logits`` of rows [B, M, D] of the blocks; those of prompts look at no sub-pages."""
+    if blocks.tokens.shape[1] == 1:
+        return page_logits(query, summaries, plan)
+    heads, rows, _ = query.shape
+    page = query.new_empty(heads, rows, summaries.sigma.shape[1])
+    size = max(1, TILE_LOGITS // rows)
+    for start in range(0, page.shape[2], size):
+        some = slice(start, start + size)
+        tile = Summaries(summaries.mean[:, :, some], summaries.sigma[:, some], summaries.value)
+        page[..., some] = page_logits(query, tile, plan).page
+    return PageLogits(page, page.new_empty(0, *page.shape), None)
 
 
 def page_logits(query: Tensor, summaries: Summaries, plan: SparsePlan) -> PageLogits:
