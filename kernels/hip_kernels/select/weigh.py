@@ -77,13 +77,11 @@ class Context:
 
     def mass(self) -> Tensor:
         """[Hkv, N, M, 1]: the log-sum-exp over all that is visible to each row."""
-        # torch.where is twice as fast on a CPU as masked_fill, and log_softmax as logsumexp
-        visible = torch.where((self.page >= 0).unsqueeze(2), self.logits.page, LEAST)
-        share = visible.log_softmax(-1)
-        mass = visible.amax(-1, keepdim=True) - share.amax(-1, keepdim=True)
+        # torch.where is twice as fast on a CPU as masked_fill
+        mass = log_mass(torch.where((self.page >= 0).unsqueeze(2), self.logits.page, NEVER))
         if self.nodes is not None:
-            mass = mass.logaddexp(self.nodes.logit.logsumexp(-1, keepdim=True))
-        return mass
+            mass = mass.logaddexp(log_mass(self.nodes.logit))
+        return mass.clamp(min=LEAST)
 
     def columns(self, pages: Tensor, size: int) -> Tensor:
         """The columns [Hkv, N, K] of logical pages, all below ``size``; -1 is none."""
@@ -149,15 +147,15 @@ def weigh_nodes(
     heads = len(query)
     shape = (*query.shape[:3], near.pages)
     logit = weigh(query.flatten(1, 2), near, blocks, plan).view(*shape).page
-    logit += math.log(NODE_PAGES)  # a summary counts for 64 keys, a node holds more
     first, end = node_range(blocks.page, plan)
     node = numbers(local, end, near.pages)  # [N, J]
     node = node.where(node >= first, -1)
-    logit = logit.masked_fill_((node < 0)[:, None], NEVER)
+    # a summary counts for 64 keys, a node holds more
+    logit += torch.where(node < 0, NEVER, math.log(NODE_PAGES))[:, None]
 
     edges = torch.cat(edge_pages(blocks.page, plan), -1).expand(heads, -1, -1)
     edge = _some_pages(query, summaries, edges, blocks, plan)
-    mass = edge.mass().logaddexp(logit.logsumexp(-1, keepdim=True))
+    mass = edge.mass().logaddexp(log_mass(logit))
 
     score = best_of_rows(logit - mass, blocks)  # [Hkv, N, J]
     if chosen is not None:
@@ -170,13 +168,20 @@ def weigh_nodes(
     real = best > NEVER
     child = node_pages(node.expand(heads, -1, -1).gather(2, columns).where(real, -1))
     beam = _some_pages(query, summaries, child, blocks, plan)
-    logit = logit.masked_fill(mark(columns, real, near.pages).unsqueeze(2), NEVER)
+    logit.masked_fill_(mark(columns, real, near.pages).unsqueeze(2), NEVER)
     return Context(
         torch.cat([edges, beam.page], -1),
         PageLogits.joined([edge.logits, beam.logits], partial(torch.cat, dim=-1)),
         torch.cat([edge.value, beam.value], 2),
         Nodes(logit, near.value[:, None]),
     )
+
+
+def log_mass(logit: Tensor) -> Tensor:
+    """[..., S] -> [..., 1]: the log of the sum of exp, by log_softmax, twice as fast on a CPU."""
+    top = logit.amax(-1, keepdim=True)
+    mass = top - logit.log_softmax(-1).amax(-1, keepdim=True)
+    return mass.where(top > NEVER, NEVER)
 
 
 def node_range(page: Tensor, plan: SparsePlan) -> tuple[int, Tensor]:
