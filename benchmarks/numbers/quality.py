@@ -164,7 +164,7 @@ def eval_section() -> list[str]:
         return f"{mean:.1f} ({low:.0f}-{high:.0f})"
 
     rows = []
-    for config, row, metrics in found:
+    for config, _, metrics in found:
         names = [name.split(".") for name in metrics if name.count(".") == 1]
         model = " ".join(
             [config["model"], *([f"`{json.dumps(config['hip'])}`"] * bool(config["hip"]))]
@@ -173,7 +173,9 @@ def eval_section() -> list[str]:
             presets = [preset for of, preset in names if of == task]
             scores = ", ".join(f"{p} {score(metrics, f'{task}.{p}')}" for p in presets)
             shape = [f"{config['length']:,}", model, str(page_of(config)), task]
-            rows.append([*shape, str(config["samples"]), scores, where(row)])
+            # presets may have been asked on different days
+            places = "; ".join(dict.fromkeys(where(metrics[f"{task}.{p}"]) for p in presets))
+            rows.append([*shape, str(config["samples"]), scores, places])
     return [
         "## Tasks of long contexts",
         "`hip-sglang eval`: what a model gets right behind the real server, % (95% interval); "
