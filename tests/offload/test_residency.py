@@ -100,7 +100,7 @@ class Traffic(RuleBasedStateMachine):
         self.kv.bring(wanted, wanted >= 0)
         # a head's are overwritten by the next one's
         keys = [rows.clone() for rows in self.kv._keys(wanted * PAGE_SIZE, PAGE_SIZE)]
-        values = [rows.clone() for rows in self.kv._values(wanted * PAGE_SIZE)]
+        values = [rows.clone() for rows in self.kv._values(wanted * PAGE_SIZE, PAGE_SIZE)]
         for (page, offset), row in self.written.items():
             for head in range(HEADS):
                 for place in (wanted[head, 0] == page).nonzero().flatten().tolist():
