@@ -379,15 +379,16 @@ class HipConfig(BaseModel):
     def _sized(self, own: Mapping[str, Any]) -> SparsePlan:
         """The plan of layers that have some settings of their own."""
         looks = own.get("second_look", self.second_look)
-        # what is brought, or used again, are whole pages
-        by_parts = self.offload is None and own.get("refresh", self.refresh) == 1
+        # HiP's search, and what is brought or used again, are of whole pages
+        by_parts = looks and self.strategy == "summary" and self.sub_page_means
+        by_parts = by_parts and self.offload is None and own.get("refresh", self.refresh) == 1
         return SparsePlan(
             sink_pages=self.sink // PAGE_SIZE,
             window_pages=self.window // PAGE_SIZE,
             budget_pages=own.get("budget", self.budget) // PAGE_SIZE,
             remainder=self.remainder,
             second_look=looks,
-            parts=SUB_PAGES if looks and by_parts and self.sub_page_means else 1,
+            parts=SUB_PAGES if by_parts else 1,
             strategy=self.strategy,
             beam=self._beam_nodes,
             top_p=own.get("top_p", self.top_p),

@@ -91,8 +91,8 @@ def attended(config, length, prompt):
             sparse_rows += int((blocks.position >= 0).sum())
             exact, own = float(found.exact[-1, 0]), int(blocks.page[-1])
             # the last of them is the own page, which may not be full
-            tokens = int(exact - 1) * PAGE_SIZE + length - PAGE_SIZE * own
-            last = (tokens, own + 1 - int(exact))
+            tokens = (exact - 1) * PAGE_SIZE + length - PAGE_SIZE * own
+            last = (tokens, own + 1 - exact)
     return *last, sparse_rows
 
 

@@ -37,7 +37,7 @@ class SelectionTrace:
         exact = selection.exact.mean(-1).tolist()
         for n, request in enumerate(blocks.request.tolist()):
             visible = int(blocks.page[n])
-            pages = selection.choice.entries[n] // selection.parts
+            pages = selection.choice.entries[n] // selection.plan.parts
             held = pages if selection.held is None else pages.where(selection.held[n], -1)
             share = layer.share_read(visible, exact[n], chooses=not blocks.reuses)
             record = {

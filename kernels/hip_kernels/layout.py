@@ -8,7 +8,7 @@ request (page p holds the tokens 64p .. 64p + 63). A page table maps the second 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -74,6 +74,10 @@ class SparsePlan:
         )
         first, last = (of[:, None].expand(-1, chosen.shape[1], -1) for of in (first, last))
         return torch.cat([first, chosen, last], -1)
+
+    def of_rows(self, rows: int) -> SparsePlan:
+        """That of blocks of so many rows: only one row by itself looks again."""
+        return self if rows == 1 else replace(self, second_look=0, parts=1)
 
     @property
     def has_kernels(self) -> bool:
@@ -287,12 +291,11 @@ class Selection:
     page: Tensor  # [N] the logical page that holds the block
     plan: SparsePlan
     held: Tensor | None = None  # [N, Hkv, K] which chosen entries were on the device before
-    parts: int = 1  # of a page that an entry of the choice may be
 
     @property
     def chosen(self) -> Tensor:
         """How many pages were chosen, [N, Hkv]: of one of four parts, a quarter."""
-        return (self.choice.entries >= 0).sum(-1) / self.parts
+        return (self.choice.entries >= 0).sum(-1) / self.plan.parts
 
     @property
     def exact(self) -> Tensor:

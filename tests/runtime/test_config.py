@@ -108,6 +108,23 @@ def test_nodes_are_for_whatever_prunes():
     assert HipConfig.load({"strategy": "tree"}).nodes_from is None
 
 
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({}, 4),
+        ({"second_look": 0}, 1),
+        ({"refresh": 2}, 1),
+        ({"sub_page_means": False}, 1),
+        ({"preset": "paper"}, 1),
+        ({"offload": {"host_gib": 1}, "second_look": 2}, 1),
+        ({"refresh": 2, "per_layer": [{"layers": [0], "refresh": 1}]}, 4),
+    ],
+    ids=str,
+)
+def test_sub_pages_are_chosen_where_nothing_needs_whole_pages(given, parts):
+    assert HipConfig.load(given).layer_plan(0).pages.parts == parts
+
+
 def test_the_share_read_counts_summaries_and_the_second_look():
     plan = HipConfig.load(None).layer_plan(0)
     # 50 pages of keys and values, 64 of keys; 4 means, 1 deviation and 1 value of 1023 pages

@@ -91,6 +91,7 @@ def _attend_blocks(
     prefill.attend(query, kv, parts, blocks, chosen, plan, scale, out, estimated)
     # rows first, then the heads of a group, as the reference has them
     share = estimated.view(count, kv.kv_heads, -1, PAGE_SIZE).transpose(2, 3).flatten(2)
+    plan = plan.of_rows(PAGE_SIZE)
     return Selection(Choice(chosen, torch.zeros_like(share)), share, blocks.page, plan)
 
 
@@ -118,8 +119,7 @@ def _attend_rows(
     attend_steps(query, kv, summaries, steps, choice, plan, scale, out, estimated, nodes)
     if blocks.local is None:
         return None
-    share = estimated.view(choice.correction.shape)
-    return Selection(choice, share, blocks.page, plan, parts=plan.parts)
+    return Selection(choice, estimated.view(choice.correction.shape), blocks.page, plan)
 
 
 def attend_steps(

@@ -47,6 +47,7 @@ def attend(
         attend_all(query, kv, blocks, scale, plan.logit_cap, out)
         return None
     weigher = Weigher(summaries, nodes, blocks, plan)
+    plan = plan.of_rows(blocks.tokens.shape[1])
     plan = replace(plan, budget_pages=min(plan.budget_pages, blocks.table.shape[1]))
     rows = blocks.tokens.shape[1] * query.shape[1] // kv.kv_heads
     columns = plan.exact_pages * PAGE_SIZE + 8 * weigher.columns
@@ -79,7 +80,6 @@ def together(waves: Sequence[Selection]) -> Selection:
         torch.cat([wave.page for wave in waves]),
         waves[0].plan,
         torch.cat([wave.held for wave in waves if wave.held is not None]),
-        waves[0].parts,
     )
 
 
@@ -131,7 +131,6 @@ def attend_sparse(
     chosen = None if held is None else held.entries.transpose(0, 1)
     context = weigher.weigh(query, blocks, chosen) if plan.reads_summaries else None
     correction = query.new_zeros(*query.shape[:3], 1)
-    parts = 1
     if held is not None:
         assert plan.parts == 1, "only a choice of whole pages is used again"
         correction = held.correction.transpose(0, 1).unsqueeze(-1)
@@ -140,10 +139,9 @@ def attend_sparse(
     else:
         assert context is not None
         chosen, correction, context = select(query, context, kv, blocks, plan)
-        parts = plan.parts if plan.second_look and blocks.tokens.shape[1] == 1 else 1
     assert chosen is not None
     choice = Choice(chosen.transpose(0, 1), correction.squeeze(-1).transpose(0, 1))
-    tokens = PAGE_SIZE // parts
+    parts, tokens = plan.parts, PAGE_SIZE // plan.parts
     found = lookup(blocks.table, chosen // parts)
     here = kv.held(found)
     # only decode steps have a deadline
@@ -181,7 +179,7 @@ def attend_sparse(
         result += other @ value
         estimated += other.sum(-1)
     return result, Selection(
-        choice, estimated.transpose(0, 1), blocks.page, plan, here.transpose(0, 1), parts
+        choice, estimated.transpose(0, 1), blocks.page, plan, here.transpose(0, 1)
     )
 
 

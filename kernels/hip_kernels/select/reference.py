@@ -37,10 +37,9 @@ def select(
     mass = context.mass()
     candidates = context.candidates(blocks.page, plan)
     correction = torch.zeros_like(mass)
-    seen = None
-    parts = 1
-    if plan.second_look and blocks.tokens.shape[1] == 1:
-        seen, parts = look(query, context, mass, candidates, kv, blocks, plan), plan.parts
+    seen, parts = None, plan.parts
+    if plan.second_look:
+        seen = look(query, context, mass, candidates, kv, blocks, plan)
         score, correction = seen.score(mass, blocks, parts), seen.correction
     else:
         score = best_of_rows(context.logits.page - mass, blocks)
