@@ -8,7 +8,7 @@ its answer, so that a model without instruction tuning continues it.
 from __future__ import annotations
 
 from .counting import CommonWords, FrequentWords
-from .needles import MultiKeyIds, MultiKeyWords, MultiValue, SingleNeedle
+from .needles import ContextNeedles, MultiKeyIds, MultiKeyWords, MultiValue, SingleNeedle
 from .quotes import Quotes
 from .sample import Sample, Task
 from .variables import Variables
@@ -17,6 +17,7 @@ __all__ = ["NAMES", "Sample", "Task", "tasks_of"]
 
 _MADE_UP: tuple[type[Task], ...] = (
     SingleNeedle,
+    ContextNeedles,
     MultiKeyWords,
     MultiKeyIds,
     MultiValue,

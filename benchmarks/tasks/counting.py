@@ -12,7 +12,7 @@ from scipy.special import zeta
 
 from hip_sglang.demo.vocabulary import Tokenizer
 
-from .prompt import Prompt
+from .prompt import Prompt, Question
 from .sample import Sample, Task
 from .words import Draw, distinct, word
 
@@ -40,8 +40,9 @@ class CommonWords(Task):
 
         opening = f"In this list {COMMON} words stand far more often than all others."
         ending = f"Which {COMMON} words stand in the list most often?\nThe most common words are:"
-        prompt = Prompt(self.name, opening, haystack, ending, least=COMMON)
-        return prompt.sample(tokenizer, length, tuple(words(0)))
+        question = Question(ending, tuple(words(0)))
+        prompt = Prompt(self.name, opening, haystack, [question], least=COMMON)
+        return prompt.sample(tokenizer, length)
 
 
 class FrequentWords(Task):
@@ -70,8 +71,9 @@ class FrequentWords(Task):
         ending = (
             f"Which {FREQUENT} words stand in the list most often?\nThe most frequent words are:"
         )
-        prompt = Prompt(self.name, opening, haystack, ending, least=100)
-        return prompt.sample(tokenizer, length, tuple(words(FREQUENT)))
+        question = Question(ending, tuple(words(FREQUENT)))
+        prompt = Prompt(self.name, opening, haystack, [question], least=100)
+        return prompt.sample(tokenizer, length)
 
 
 def zeta_counts(total: int) -> list[int]:

@@ -14,13 +14,15 @@ from functools import partial
 
 from hip_sglang.demo.vocabulary import Tokenizer
 
-from .prompt import Prompt
-from .sample import Sample, Task
+from .prompt import Prompt, Question
+from .sample import BLOCK, Sample, Task
 from .words import Draw, distinct, identifier, number, placed, sentences, word
 
 # longer than the words of the noise
 _KEY_SYLLABLES, _PLACE_SYLLABLES = 4, 3
 VALUES = 4
+# lines before a needle that a question repeats
+_BEFORE = 2
 
 
 class SingleNeedle(Task):
@@ -40,8 +42,41 @@ class SingleNeedle(Task):
 
         opening = "Somewhere in this text a number is told. Remember it."
         ending = f"Say the number again.\n{stem}"
-        prompt = Prompt(self.name, opening, haystack, ending)
-        return prompt.sample(tokenizer, length, (value,), (needle,))
+        question = Question(ending, (value,), (needle,))
+        return Prompt(self.name, opening, haystack, [question]).sample(tokenizer, length)
+
+
+class ContextNeedles(Task):
+    """Lines that tell numbers, among noise; a question repeats what stands before one of them.
+
+    The ten samples of one text are as many questions, so that a prefix cache reads it once. What a
+    question repeats tells the line's surroundings, which summaries of pages can see.
+    """
+
+    name = "needle_context"
+
+    def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
+        block, asked = divmod(index, BLOCK)
+        draw = Draw(self.name, seed, block)
+        chance = draw.chance("needles")
+        keys = distinct(partial(word, chance, _KEY_SYLLABLES), BLOCK)
+        values = distinct(partial(number, chance), BLOCK)
+        before = sentences(chance, BLOCK * _BEFORE)
+        needles, questions = [], []
+        for at, (key, value) in enumerate(zip(keys, values, strict=True)):
+            stem = f"The number of {key} is"
+            known = "\n".join([*before[at * _BEFORE : (at + 1) * _BEFORE], stem])
+            needles.append(f"{known} {value}.")
+            ending = f"Say what follows these lines.\n{known}"
+            questions.append(Question(ending, (value,), (needles[-1],)))
+        depths = [(at + chance.random()) / BLOCK for at in range(BLOCK)]
+
+        def haystack(units: int) -> list[str]:
+            noise = sentences(draw.chance("noise"), units)
+            return placed(noise, list(zip(depths, needles, strict=True)))
+
+        opening = f"{BLOCK} lines of this text tell a number each. Remember all of them."
+        return Prompt(self.name, opening, haystack, questions).sample(tokenizer, length, asked)
 
 
 class _MultiKey(Task):
@@ -69,8 +104,8 @@ class _MultiKey(Task):
         key, value = self.key(draw.chance("keys")), self.value(draw.chance("values"))
         opening = "Every line of this text tells a code. Remember all of them."
         ending = f"Say one of the codes again.\nThe code of {key} is"
-        prompt = Prompt(self.name, opening, haystack, ending)
-        return prompt.sample(tokenizer, length, (value,), (needle,))
+        question = Question(ending, (value,), (needle,))
+        return Prompt(self.name, opening, haystack, [question]).sample(tokenizer, length)
 
 
 class MultiKeyWords(_MultiKey):
@@ -123,5 +158,5 @@ class MultiValue(Task):
 
         opening = f"This text tells numbers in {VALUES} places. Remember all of them."
         ending = f"Say one of the numbers again.\n{stems[0]}"
-        prompt = Prompt(self.name, opening, haystack, ending)
-        return prompt.sample(tokenizer, length, (values[0],), (needles[0],))
+        question = Question(ending, (values[0],), (needles[0],))
+        return Prompt(self.name, opening, haystack, [question]).sample(tokenizer, length)

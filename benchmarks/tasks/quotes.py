@@ -10,10 +10,8 @@ from hip_sglang.demo.corpus import Document, library_text
 from hip_sglang.demo.quotes import Quote, pick_quotes, whole_characters
 from hip_sglang.demo.vocabulary import Tokenizer
 
-from .sample import Sample, Task
+from .sample import BLOCK, Sample, Task
 
-# samples of one document, which a server's prefix cache then reads once
-BLOCK = 10
 QUOTE_TOKENS, CONTINUATION = 32, 16
 # tokens of a prompt after the document, as those of a quote may be a few more where it stands alone
 _ROOM = 64

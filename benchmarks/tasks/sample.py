@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from hip_sglang.demo.vocabulary import Tokenizer
 
+# samples of one document, in tasks that have such: a server's prefix cache then reads it once
+BLOCK = 10
+
 
 @dataclass(frozen=True)
 class Sample:

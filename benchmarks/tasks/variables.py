@@ -6,7 +6,7 @@ from functools import partial
 
 from hip_sglang.demo.vocabulary import Tokenizer
 
-from .prompt import Prompt
+from .prompt import Prompt, Question
 from .sample import Sample, Task
 from .words import Draw, distinct, number, placed, sentences, word
 
@@ -49,5 +49,5 @@ class Variables(Task):
             f"Which {CHAIN} names are {values[0]}, by themselves or through others?\n"
             f"The names that are {values[0]}:"
         )
-        prompt = Prompt(self.name, opening, haystack, ending)
-        return prompt.sample(tokenizer, length, tuple(names[:CHAIN]), tuple(lines[:CHAIN]))
+        question = Question(ending, tuple(names[:CHAIN]), tuple(lines[:CHAIN]))
+        return Prompt(self.name, opening, haystack, [question]).sample(tokenizer, length)

@@ -23,7 +23,7 @@ from hip_sglang.demo.vocabulary import tokenizer_of
 from tests.benchmarks.copying_server import continued
 
 TASKS = load_bench("tasks")
-COPIED = ("quotes", "needle", "multikey2", "multikey3", "multivalue")
+COPIED = ("quotes", "needle", "needle_context", "multikey2", "multikey3", "multivalue")
 VALUES = 4
 LEARNT = ("variables", "common", "frequent")
 
@@ -46,7 +46,7 @@ def test_all_tasks_are_tried_here() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(length=st.integers(2048, 6000), seed=st.integers(0, 9), index=st.integers(0, 99))
-@pytest.mark.parametrize("name", sorted({*COPIED, *LEARNT} - {"quotes"}))
+@pytest.mark.parametrize("name", sorted({*COPIED, *LEARNT} - {"quotes", "needle_context"}))
 def test_prompt_and_answer_fill_the_length(
     tokenizer: Tokenizer, name: str, length: int, seed: int, index: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_reader_that_copies_by_seven_tokens_is_always_right(
         assert task.score(made, said) == 1, made.text[-300:]
 
 
-@pytest.mark.parametrize("name", ["needle", "multikey2", "multikey3", "multivalue"])
+@pytest.mark.parametrize("name", [name for name in COPIED if name != "quotes"])
 def test_the_built_in_model_is_right_with_exact_attention(
     tokenizer: Tokenizer, model_directory: Path, name: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_the_answer_stands_once_in_the_text_where_it_is_said_to(
         assert made.text.count(stem) == 2
 
 
-@pytest.mark.parametrize("name", ["needle", "multikey2", "multivalue", "quotes"])
+@pytest.mark.parametrize("name", ["needle", "needle_context", "multikey2", "multivalue", "quotes"])
 def test_depths_of_ten_samples_are_spread(tokenizer: Tokenizer, name: str) -> None:
     depths = sorted(sample(tokenizer, name, index).depths[0] for index in range(10))
     gaps = [b - a for a, b in zip([0, *depths], [*depths, 1], strict=True)]
@@ -199,6 +199,26 @@ def test_ten_quotes_have_one_document(tokenizer: Tokenizer) -> None:
     texts = [sample(tokenizer, "quotes", index).text for index in (0, 9, 10)]
     assert texts[0][:3000] == texts[1][:3000] != texts[2][:3000]
     assert len({sample(tokenizer, "quotes", index).answers for index in range(20)}) == 20
+
+
+def test_ten_questions_are_asked_of_one_text(tokenizer: Tokenizer) -> None:
+    made = [sample(tokenizer, "needle_context", index) for index in range(11)]
+    *first, other = ([*text.splitlines()] for text in (each.text for each in made))
+    # "Say ...", two lines from before the needle, and its beginning
+    assert len({tuple(lines[:-4]) for lines in first}) == 1
+    assert first[0][1:-4] != other[1:-4]
+    for lines, each in zip(first, made, strict=False):
+        (answer,) = each.answers
+        at = lines.index(f"{lines[-1]} {answer}.")
+        assert lines[at - 2 : at] == lines[-3:-1]
+        assert [sum(line.startswith("The number of ") for line in lines)] == [11]
+        line = each.text[round(each.depths[0] * len(each.text)) :].splitlines()[0]
+        assert line == lines[-3]
+    assert len({each.answers for each in made}) == 11
+    # the longest question fills the length, and no other one has more
+    sizes = [len(each.ids) + each.new_tokens for each in made[:10]]
+    assert max(sizes) == 4096
+    assert len({each.new_tokens for each in made[:10]}) == 1
 
 
 def test_quotes_are_from_the_document_that_is_given(tokenizer: Tokenizer) -> None:
