@@ -63,11 +63,10 @@ class Case:
         slots, kv_heads, width = kv.key.shape
         pages = torch.arange(slots // PAGE_SIZE)
 
-        def empty(count: int) -> Summaries:
-            return Summaries.empty(count, kv_heads, width, kv.value.shape[2], means=means)
-
+        shape = kv_heads, width, kv.value.shape[2]
         complete = context // PAGE_SIZE
-        summaries, nodes = empty(len(pages)), empty(complete // NODE_PAGES)
+        summaries = Summaries.empty(len(pages), *shape, means=means)
+        nodes = Summaries.empty(complete // NODE_PAGES, *shape, means=1)
         case = cls(kv, summaries, nodes, pages[None], context, rows, query_heads)
         case.summarize(0, complete)
         return case

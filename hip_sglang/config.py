@@ -107,15 +107,16 @@ class LayerPlan:
         remainder, budget = self.pages.remainder, self.pages.budget_pages
         rows = 0
         if self.pages.reads_summaries:
-            rows = self.means + (remainder != "none") + (remainder not in ("none", "mean"))
-        weighed = visible_pages
-        if self.nodes_from is not None and visible_pages * PAGE_SIZE >= self.nodes_from:
-            weighed = visible_pages // NODE_PAGES + self.pages.beam * NODE_PAGES
+            others = (remainder != "none") + (remainder not in ("none", "mean"))
+            weighed, nodes = visible_pages, 0
+            if self.nodes_from is not None and visible_pages * PAGE_SIZE >= self.nodes_from:
+                weighed, nodes = self.pages.beam * NODE_PAGES, visible_pages // NODE_PAGES
+            rows = (self.means + others) * weighed + (1 + others) * nodes
         if self.pages.strategy == "tree":
             looked = 2 * budget * max(0, -(-visible_pages // budget) - 1).bit_length()
         else:
             looked = min(self.pages.second_look * budget, visible_pages) * PAGE_SIZE
-        read = 2 * exact_pages * PAGE_SIZE + looked * chooses + rows * weighed
+        read = 2 * exact_pages * PAGE_SIZE + looked * chooses + rows
         return min(1.0, read / (2 * PAGE_SIZE * (visible_pages + 1)))
 
 

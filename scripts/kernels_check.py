@@ -103,9 +103,8 @@ def launch_write(width: int) -> None:
 
 
 def launch_pool(width: int, means: int) -> None:
-    found = summaries(width, means)
     pages, nodes = integers(2, NODE_PAGES), integers(2)
-    pool(found, pages, nodes, found)
+    pool(summaries(width, means), pages, nodes, summaries(width, 1))
 
 
 def launch_step(
@@ -136,7 +135,7 @@ def launch_step(
     if held:
         correction = torch.empty(BATCH, HEADS, group, device="meta")
         choice = Choice(integers(BATCH, HEADS, plan.entries), correction)
-    fused.attend(*given, nodes=kept, choice=choice)
+    fused.attend(*given, nodes=summaries(width, 1), choice=choice)
 
 
 def launch_blocks(
@@ -160,7 +159,7 @@ def launch_blocks(
     plan = SparsePlan(logit_cap=cap, top_p=top_p)
     kept = summaries(width, 4)
     given = query, kv_of(width, stored, offloads), kept, blocks, plan
-    fused.attend(*given, 0.1, torch.empty_like(query), nodes=kept)
+    fused.attend(*given, 0.1, torch.empty_like(query), nodes=summaries(width, 1))
 
 
 def kv_of(width: int, stored: torch.dtype, offloads: bool) -> StoredKV:

@@ -153,12 +153,12 @@ class Case:
 
     def with_nodes(self, layer: Layer) -> Layer:
         """Nodes of all complete pages, request by request."""
-        heads, means, _, width = layer.summaries.mean.shape
+        heads, _, _, width = layer.summaries.mean.shape
         count = self.cell.pages // NODE_PAGES
         owners = 1 if self.shared else self.cell.batch
         pages = self.table[:owners, : count * NODE_PAGES].reshape(-1, NODE_PAGES)
         nodes = Summaries.empty(
-            len(pages), heads, width, width, means=means,
+            len(pages), heads, width, width, means=1,
             dtype=layer.summaries.mean.dtype, device=pages.device,
         )  # fmt: skip
         pool(layer.summaries, pages, torch.arange(len(pages), device=pages.device), nodes)

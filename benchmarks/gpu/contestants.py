@@ -118,12 +118,12 @@ def moved(cell: Cell, plan: SparsePlan, what: str, step: str) -> int:
     rows = of_head * cell.stored.itemsize  # one mean of every page
     context = cell.pages - 1
     weighed = context
-    if cell.nodes:
-        nodes = context // NODE_PAGES
-        weighed = nodes + min(plan.beam, nodes) * NODE_PAGES + plan.window_pages + NODE_PAGES
-    weigh = weighed * 5 * rows
+    nodes = context // NODE_PAGES if cell.nodes else 0
+    if nodes:
+        weighed = min(plan.beam, nodes) * NODE_PAGES + plan.window_pages + NODE_PAGES
+    weigh = (weighed * 5 + nodes * 2) * rows
     look = min(plan.second_look * plan.budget_pages, context) * page
-    attend = min(plan.exact_pages, cell.pages) * 2 * page + weighed * rows
+    attend = min(plan.exact_pages, cell.pages) * 2 * page + (weighed + nodes) * rows
     parts = {
         ("summarize", "refresh"): 2 * page + 6 * rows,
         ("select", "refresh"): weigh + look,

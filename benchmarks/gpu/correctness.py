@@ -121,7 +121,7 @@ def _summaries(case: Case) -> Iterator[Check]:
     def empty() -> Summaries:
         heads, _, _, width = layer.summaries.mean.shape
         return Summaries.empty(
-            len(nodes), heads, width, width, means=means,
+            len(nodes), heads, width, width, means=1,
             dtype=layer.summaries.mean.dtype, device=pages.device,
         )  # fmt: skip
 

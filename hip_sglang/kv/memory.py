@@ -109,7 +109,7 @@ class MemoryPlan:
         nodes = 0  # places for them
         if config.nodes_from is not None and config.nodes_from < context:
             nodes = pages // NODE_PAGES + running
-        summaries = shape.summary_bytes(means) * (pages + 1 + nodes)
+        summaries = shape.summary_bytes(means) * (pages + 1) + shape.summary_bytes(1) * nodes
         tables = shape.heads * PAGE_BYTES * (pages + 1)
         slot_bytes = page_bytes + shape.heads * SLOT_BYTES
         asked = config.offload.device_tokens

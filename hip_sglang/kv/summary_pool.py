@@ -21,13 +21,15 @@ class SummaryPool:
         self._nodes: dict[int, Summaries] = {}
         self.pages = pages_of(pool)
         for layer_id, plan in layers.items():
-            for held, count in ((self._layers, self.pages), (self._nodes, nodes)):
+            for held, count, means in (
+                (self._layers, self.pages, plan.means), (self._nodes, nodes, 1)
+            ):  # fmt: skip
                 held[layer_id] = Summaries.empty(
                     count if plan.prunes else 0,
                     pool.head_num,
                     pool.head_dim,
                     pool.v_head_dim,
-                    means=plan.means,
+                    means=means,
                     # half precision otherwise: float16 keeps more of a mean than bfloat16 does
                     dtype=torch.float32 if pool.dtype == torch.float32 else torch.float16,
                     device=pool.device,

@@ -31,7 +31,7 @@ KV_SHARE_OF_FREE_MEMORY = 1 / 3
 FULL_CONTEXTS_ON_CPU = 4
 # beside 64 keys and 64 values, a page has its sub-page means, one sigma and one mean value; a node
 # has as many
-SUMMARY_SHARE_OF_KV = (1 + 1 / NODE_PAGES) * (SUB_PAGES + 2) / (2 * PAGE_SIZE)
+SUMMARY_SHARE_OF_KV = (SUB_PAGES + 2 + 3 / NODE_PAGES) / (2 * PAGE_SIZE)
 
 
 def require_host_platform(server_args: Any) -> None:

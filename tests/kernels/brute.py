@@ -276,9 +276,9 @@ class Head:
 
     @cache  # noqa: B019 - a head lives as long as its test
     def summary(self, number: int, pages: int = 1) -> tuple[Tensor, Tensor]:
-        """Means and deviation of a page, or of a node of several."""
+        """Means and deviation of a page; of a node of several it is one mean."""
         span = pages * PAGE_SIZE
-        parts = self.key[number * span : (number + 1) * span].chunk(self.means)
+        parts = self.key[number * span : (number + 1) * span].chunk(self.means if pages == 1 else 1)
         means = torch.stack([part.mean(0) for part in parts])
         spread = torch.cat([(part - part.mean(0)) ** 2 for part in parts])
         return means, spread.mean(0).sqrt()
@@ -287,7 +287,7 @@ class Head:
         """A pruned page or node as one key."""
         means, sigma = self.summary(number, pages)
         logits = capped(means @ q, plan)
-        mean = float(logits.logsumexp(0)) + math.log(pages * PAGE_SIZE / self.means)
+        mean = float(logits.logsumexp(0)) + math.log(pages * PAGE_SIZE / len(means))
         return mean + self.spread(q, sigma * slope(logits, plan), plan)
 
     def spread(self, q: Tensor, sigma: Tensor, plan: SparsePlan) -> float:

@@ -76,8 +76,8 @@ def with_nodes(here: Pool, requests: list[Request], seed: int) -> tuple[Summarie
     """The nodes of all requests in a random order, and the table that leads to them."""
     counts = [request.length // PAGE_SIZE // NODE_PAGES for request in requests]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))
-    heads, means, _, width = here.summaries.mean.shape
-    nodes = Summaries.empty(len(order), heads, width, here.summaries.value.shape[2], means=means)
+    heads, _, _, width = here.summaries.mean.shape
+    nodes = Summaries.empty(len(order), heads, width, here.summaries.value.shape[2], means=1)
     table = torch.full((len(requests), max(counts)), 0)
     for row, (count, mine) in enumerate(zip(counts, order.split(counts), strict=True)):
         table[row, :count] = mine

@@ -70,7 +70,7 @@ def test_pages_and_nodes_equal_the_reference(
     assert_same(found, expected)
     assert found.mean.isnan().any()
 
-    nodes, places = (poisoned(3, heads, width, value_width, means, kept) for _ in range(2))
+    nodes, places = (poisoned(3, heads, width, value_width, 1, kept) for _ in range(2))
     of = pages[torch.randint(9, (2, NODE_PAGES))]
     kernels.pool(expected, of, torch.tensor([2, 0]), nodes)
     reference.pool(expected, of, torch.tensor([2, 0]), places)
@@ -101,8 +101,10 @@ def test_nothing_to_do_is_nothing_done(kernels: ModuleType) -> None:
     out = poisoned(PAGES, 2, 64, 64, 4, HALF)
     none = torch.empty(0, dtype=torch.int64)
     kernels.summarize(pool_of(2, 64, 64, BRAIN), none, out)
-    kernels.pool(out, none.view(0, NODE_PAGES), none, out)
+    nodes = poisoned(PAGES, 2, 64, 64, 1, HALF)
+    kernels.pool(out, none.view(0, NODE_PAGES), none, nodes)
     assert out.mean.isnan().all()
+    assert nodes.mean.isnan().all()
 
 
 @pytest.mark.parametrize(

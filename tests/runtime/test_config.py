@@ -131,6 +131,9 @@ def test_the_share_read_counts_summaries_and_the_second_look():
     rows = 50 * 128 + 64 * 64 + 6 * 1023
     assert plan.share_read(1023, 50) == pytest.approx(rows / (128 * 1024))
     assert plan.share_read(10, 11) == 1
+    # 1 << 18 tokens: 128 nodes of eight pages, and all nodes by one mean
+    rows = 6 * 128 * 8 + 3 * 512 + 50 * 128 + 2 * 32 * 64
+    assert plan.share_read(4096, 50) == pytest.approx(rows / (128 * 4097))
     plain = HipConfig.load('{"second_look": 0, "remainder": "none"}').layer_plan(0)
     assert plain.share_read(1023, 50) == pytest.approx((50 * 128 + 4 * 1023) / (128 * 1024))
 

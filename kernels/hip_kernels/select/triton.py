@@ -69,7 +69,7 @@ def weigh(
     if steps.nodes is not None:
         assert nodes is not None, "these steps search through nodes; there are none"
         check_summaries("nodes", nodes, kv_heads)
-        assert nodes.mean.shape[1] == means, "nodes and pages have as many means"
+        assert nodes.mean.shape[1] == 1, "a node has one mean"
         of_nodes, node_table = nodes, steps.nodes
     group = heads // kv_heads
     tiles = tiles_of(columns, count)
@@ -242,21 +242,25 @@ def _weigh(
                     mean, sigma, pool_pages, page_out, columns,
                 )  # fmt: skip
             at = tl.where(is_node, number, column)
-            tokens = tl.where(is_node, PAGE * NODE, PAGE) // MEANS
+            tokens = tl.where(is_node, PAGE * NODE, PAGE // MEANS)
+            several = tl.where(is_node, 1, MEANS)
             kept = stored & (tile >= node_tiles)
             stored = tl.where(is_node, number < node_end, stored)
         else:
             means_of, deviations, space, out, width = mean, sigma, pool_pages, page_out, columns
-            at, tokens, kept = column, PAGE // MEANS, stored
+            at, tokens, several, kept = column, PAGE // MEANS, MEANS, stored
         top = tl.full((ROWS, TILE), float("-inf"), tl.float32)
         total = tl.zeros((ROWS, TILE), tl.float32)
         there = rows[:, None] * columns + at[None, :]
         kept = real[:, None] & kept[None, :]
         for part in tl.static_range(MEANS):
-            summary = (head * MEANS + part) * space + place
-            logit = part_logits(q, means_of, summary, seen, WIDTH, BLOCK)
+            summary = (head * several + part) * space + place
+            # a node has one mean: of other parts nothing is read
+            logit = part_logits(q, means_of, summary, seen & (part < several), WIDTH, BLOCK)
             if CAPS:
                 logit = soft_capped(logit, cap)
+            if NODE > 0 and part > 0:
+                logit = tl.where(part < several, logit, float("-inf"))
             better = tl.maximum(top, logit)
             total = total * tl.exp(top - better) + tl.exp(logit - better)
             top = better

@@ -30,20 +30,19 @@ def summarize(kv: StoredKV, pages: Tensor, out: Summaries) -> None:
 def pool(summaries: Summaries, pages: Tensor, nodes: Tensor, out: Summaries) -> None:
     """Summarise nodes from the summaries of their pages into ``out``.
 
-    pages [C, n] physical, in order; nodes [C] where they go. A node has as many means as a page,
-    each over as many keys; its deviation about them follows by the law of total variance.
+    pages [C, n] physical, in order; nodes [C] where they go. A node has one mean, however many a
+    page has; its deviation about it follows by the law of total variance.
     """
     if nodes.numel() == 0:
         return
     count, size = pages.shape
     near = summaries.take(pages.flatten())
-    mean = near.mean.transpose(1, 2)  # [Hkv, C * n, L, D]
-    heads, _, means, width = mean.shape
-    part = mean.reshape(heads, count, means, size, width)  # L parts of n means, in order
-    centre = part.mean(3)  # [Hkv, C, L, D]
-    between = (part - centre.unsqueeze(3)).square().mean((2, 3))
+    heads, means, _, width = near.mean.shape
+    mean = near.mean.view(heads, means, count, size, width)
+    centre = mean.mean((1, 3))  # [Hkv, C, D]
+    between = (mean - centre[:, None, :, None]).square().mean((1, 3))
     within = near.sigma.view(heads, count, size, width).square().mean(2)
-    out.mean[:, :, nodes] = saturate(centre.transpose(1, 2), out.mean)
+    out.mean[:, 0, nodes] = saturate(centre, out.mean)
     out.sigma[:, nodes] = saturate((within + between).sqrt(), out.sigma)
     value = near.value.view(heads, count, size, -1).mean(2)
     out.value[:, nodes] = saturate(value, out.value)

@@ -49,13 +49,14 @@ def pool(summaries: Summaries, pages: Tensor, nodes: Tensor, out: Summaries) -> 
     check("pages", pages, (len(nodes), NODE_PAGES), torch.int64)
     check_summaries("summaries", summaries, len(out.sigma))
     check_summaries("out", out, len(out.sigma))
+    check("out.mean", out.mean, (None, 1, None, None), out.mean.dtype)
     if nodes.numel() == 0:
         return
     limit = torch.finfo(out.mean.dtype).max
     _pool[(len(nodes), len(out.sigma))](
         *(*summaries.tensors, pages, nodes, *out.tensors, limit, summaries.pages, out.pages),
         PAGES=NODE_PAGES,
-        **_sizes(out),
+        **_sizes(summaries),
     )
 
 
@@ -140,23 +141,21 @@ def _pool(
     index = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     node = tl.load(nodes + index)
-    # all means of the node's pages, in the order of their tokens
+    # all means of the node's pages
     at = tl.arange(0, PAGES * MEANS)
     row = (head * MEANS + at % MEANS) * count + tl.load(pages + index * PAGES + at // MEANS)
     d = tl.arange(0, BLOCK)
     means = tl.load(mean + row[:, None] * WIDTH + d[None, :], mask=d[None, :] < WIDTH, other=0.0)
-    parts = tl.reshape(means.to(tl.float32), (MEANS, PAGES, BLOCK))
-    centre = tl.sum(parts, 1) / PAGES
-    apart = parts - centre[:, None, :]
-    between = tl.sum(tl.sum(apart * apart, 1), 0) / (MEANS * PAGES)
+    means = means.to(tl.float32)
+    centre = tl.sum(means, 0)[None, :] / (MEANS * PAGES)
+    apart = means - centre
+    between = tl.sum(apart * apart, 0) / (MEANS * PAGES)
 
     row = head * count + tl.load(pages + index * PAGES + tl.arange(0, PAGES))
     within = tl.load(sigma + row[:, None] * WIDTH + d[None, :], mask=d[None, :] < WIDTH, other=0.0)
     within = within.to(tl.float32)
     deviation = tl.sqrt(tl.sum(within * within, 0) / PAGES + between)
-    _store(
-        node_mean, node_sigma, centre, deviation, head, node, node_count, limit, MEANS, WIDTH, BLOCK
-    )
+    _store(node_mean, node_sigma, centre, deviation, head, node, node_count, limit, 1, WIDTH, BLOCK)
 
     d = tl.arange(0, VALUE_BLOCK)
     here = row[:, None] * VALUE_WIDTH + d[None, :]
