@@ -124,7 +124,8 @@ def look(
         TOP_P=plan.top_p < 1,
         TILE=ENTRIES_A_TILE,
         KEYS=KEYS_A_TILE,
-        num_warps=4,
+        # what spills with four warps
+        num_warps=8 if group > 16 else 4,
         # left alone, the assembler spills to have more programs at once
         maxnreg=255,
     )
