@@ -16,19 +16,23 @@ Genes = dict[str, Any]
 MOST_GROUPS = 8
 # of the budget that is given
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+# of the window
+WINDOWS = (1 / 4, 1 / 2, 1)
 SHARES = (1.0, 0.99, 0.95, 0.9)
 REFRESHES = (1, 2, 4, 8)
 LOOKS = (0, 1, 2, 3, 4, 6, 8)
-# what layers can have of their own
+# what layers can have of their own, and what all share
 OWN = ("budget", "top_p", "refresh", "second_look")
+SHARED = ("window", "sub_page_means")
 
 
 @dataclass(frozen=True)
 class Space:
     """Per group of layers a budget, ``top_p``, ``refresh`` and second look, or dense altogether.
 
-    A second look is not searched for where the strategy has none. With offload neither it nor dense
-    layers are: both read keys all over the host's memory.
+    All layers have one window, and as many means a page. A second look is not searched for where
+    the strategy has none. With offload neither it nor dense layers are: both read keys all over
+    the host's memory.
     """
 
     base: HipConfig
@@ -51,7 +55,12 @@ class Space:
 
     def options(self) -> dict[str, Sequence[Any]]:
         """What each gene can be."""
-        budgets = sorted({max(PAGE_SIZE, int(self.base.budget * scale)) for scale in SCALES})
+        budgets, windows = (
+            sorted({max(PAGE_SIZE, int(size * scale)) for scale in scales})
+            for size, scales in ((self.base.budget, SCALES), (self.base.window, WINDOWS))
+        )
+        plan = self.base.layer_plan(0)
+        several = (False, True) if plan.pages.reads_summaries else (self.base.sub_page_means,)
         resident = self.base.offload is None
         looks = resident and self.base.strategy == "summary"
         choices = {
@@ -64,22 +73,35 @@ class Space:
             "dense": (False, True) if resident else (False,),
         }
         return {
-            f"{name}.{group}": options
-            for group in range(len(self.groups))
-            for name, options in choices.items()
+            "window": windows,
+            "sub_page_means": several,
+            **{
+                f"{name}.{group}": options
+                for group in range(len(self.groups))
+                for name, options in choices.items()
+            },
         }
 
     def uniform(self) -> list[Genes]:
         """What is the same for all layers, and one would try by hand; first what is given."""
         options = self.options()
-        own = {name: getattr(self.base, name) for name in OWN}
-        plain = {"dense": False, **own}
+        given = {name: getattr(self.base, name) for name in (*OWN, *SHARED)}
+        plain = {"dense": False, **given}
         changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
         looks = (self.base.second_look, LOOKS[0], LOOKS[-1])
         changes += [
             {"budget": budget, "second_look": look}
             for look in looks
             for budget in options["budget.0"]
+        ]
+        changes += [
+            {
+                "window": self.base.window * scale,
+                "budget": self.base.budget * scale,
+                "sub_page_means": means,
+            }
+            for scale in WINDOWS
+            for means in options["sub_page_means"]
         ]
         found: list[Genes] = []
         for change in changes:
@@ -102,4 +124,5 @@ class Space:
                 continue
             own.append({"layers": layers, **{name: genes[f"{name}.{number}"] for name in OWN}})
         given = self.base.model_dump(exclude_unset=True)
-        return HipConfig.load({**given, "dense_layers": dense, "per_layer": own, **more})
+        shared = {name: genes[name] for name in SHARED}
+        return HipConfig.load({**given, **shared, "dense_layers": dense, "per_layer": own, **more})

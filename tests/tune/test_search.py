@@ -36,8 +36,9 @@ def judge(genes: Genes) -> Values:
 def test_layers_are_grouped_in_order() -> None:
     assert [layer for group in SPACE.groups for layer in group] == list(range(12))
     assert len(SPACE.groups) == 8
-    # what is given, dense, another refresh and top_p; five budgets, each with three second looks
-    assert len(SPACE.uniform()) == 4 + 5 * 3 - 1
+    # what is given, dense, another refresh and top_p; five budgets, each with three second looks;
+    # window and budget at three sizes, with and without means of sub-pages
+    assert len(SPACE.uniform()) == 4 + 5 * 3 + 3 * 2 - 2
     assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
 
 
@@ -47,8 +48,14 @@ def test_genes_become_a_configuration() -> None:
     assert [config.layer_plan(n).pages.budget_pages for n in range(12)] == [16] * 12
     layers = SPACE.groups[3]
     changed = SPACE.config(
-        {**genes, "dense.0": True, "budget.3": 128, "refresh.3": 4, "second_look.3": 8}
+        {
+            **genes,
+            **{"window": 256, "sub_page_means": False},
+            **{"dense.0": True, "budget.3": 128, "refresh.3": 4, "second_look.3": 8},
+        }
     )
+    assert {changed.layer_plan(n).means for n in range(12)} == {1}
+    assert changed.layer_plan(layers[0]).pages.window_pages == 4
     assert changed.layer_plan(layers[0]).pages.second_look == 8
     assert set(changed.dense_layers) == set(SPACE.groups[0])
     assert changed.layer_plan(layers[0]).pages.budget_pages == 2
