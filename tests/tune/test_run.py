@@ -56,11 +56,17 @@ def test_it_writes_configurations_that_a_server_takes(
 
 
 @pytest.mark.slow
+def lines(folder: Path) -> int:
+    """What was judged there."""
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("*.jsonl"))
+
+
 def test_a_search_that_was_ended_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tune(model, text, tmp_path / "whole") == 0
     assert tune(model, text, tmp_path / "parts", "--trials", "12") == 0
+    before = lines(tmp_path / "parts")
     judged: list[object] = []
     judge = tuning.Judge.__call__
 
@@ -72,7 +78,8 @@ def test_a_search_that_was_ended_goes_on(
     assert tune(model, text, tmp_path / "parts") == 0
     for name in (tuning.TRIALS, tuning.REPORT):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    assert 18 <= len(judged) < 30
+    assert lines(tmp_path / "parts") == before + len(judged)
+    assert len((tmp_path / "parts" / tuning.TRIALS).read_text().splitlines()) == 30
     judged.clear()
     assert tune(model, text, tmp_path / "parts") == 0
     assert judged == []

@@ -22,10 +22,10 @@ def tiling(summaries: Summaries, plan: SparsePlan, *, values: int = 0) -> dict[s
     less at a time, or they spill.
     """
     width = summaries.mean.shape[-1]
-    wide, mixes = max(width, values) > 128, values > 0
+    wide, mixes, means = max(width, values) > 128, values > 0, summaries.mean.shape[1]
     return {
         "PAGE": PAGE_SIZE,
-        "MEANS": summaries.mean.shape[1],
+        "MEANS": means,
         "GUARD": GUARDS[plan.remainder],
         "CAPS": plan.logit_cap > 0,
         "WIDTH": width,
@@ -34,7 +34,8 @@ def tiling(summaries: Summaries, plan: SparsePlan, *, values: int = 0) -> dict[s
         # fewer pages are no product with values
         "TILE": TILE // 2 if wide and not mixes else TILE,
         "num_warps": 8,
-        "num_stages": 2,
+        # wide values mixed by one mean a page spill with two
+        "num_stages": 3 if wide and mixes and means == 1 else 2,
         # left to itself ptxas aims at fewer, and spills
         "maxnreg": 255,
     }
