@@ -56,8 +56,8 @@ METHODS = [
 ]
 EVALUATIONS = [
     ("quotes,needle,multikey2", "4096", "20", ["--hip-config", SHORT]),
-    ("quotes,needle", "16384", "10", []),
-    ("quotes", "65536,131072", "10", []),
+    ("quotes,needle_context", "4096,16384,65536,131072", "10", []),
+    ("needle", "16384", "10", []),
     ("needle", "65536", "3", []),
 ]
 PROFILES: dict[str, Plan] = {
@@ -88,7 +88,7 @@ PROFILES: dict[str, Plan] = {
         *(("tuning", ["--model", "trained", "--page-size", size]) for size in ("64", "16")),
         *(
             ("methods", ["--task", task, "--context", "16384", "--documents", "10"])
-            for task in ("quotes", "needle")
+            for task in ("quotes", "needle", "needle_context")
         ),
         *(
             (EVAL, ["--tasks", tasks, "--lengths", lengths, "--samples", samples, *more])

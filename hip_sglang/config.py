@@ -34,9 +34,9 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Refresh = Annotated[Tokens, Field(ge=1)]
 
 # what a preset decides where nothing else is said
-PRESETS: dict[str, dict[str, str]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"prefill": "sparse", "decode": "sparse"},
-    "quality": {"prefill": "dense", "decode": "sparse"},
+    "quality": {"prefill": "dense", "decode": "sparse", "second_look": 8},
     "dense": {"prefill": "dense", "decode": "dense"},
     "paper": {"prefill": "sparse", "decode": "sparse", "strategy": "tree", "remainder": "none"},
 }
@@ -139,9 +139,9 @@ class HipConfig(BaseModel):
 
     preset: Preset = Field(
         default="balanced",
-        description="balanced: both phases sparse; quality: dense prefill, sparse decode; "
-        "dense: nothing is pruned; paper: HiP's own search, what is pruned is dropped. A key given "
-        "explicitly overrides its preset.",
+        description="balanced: both phases sparse; quality: dense prefill, sparse decode by a "
+        "second look of 8; dense: nothing is pruned; paper: HiP's own search, what is pruned is "
+        "dropped. A key given explicitly overrides its preset.",
     )
     prefill: Phase = Field(
         default="sparse", description="whether prompts are read sparsely; set by the preset"

@@ -35,8 +35,8 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
     group.add_argument(
         "--hip-preset",
         metavar="NAME",
-        help="balanced (default), quality (dense prefill), dense (nothing pruned) or paper (HiP as "
-        "published).",
+        help="balanced (default), quality (dense prefill, a longer second look), dense (nothing "
+        "pruned) or paper (HiP as published).",
     )
 
 

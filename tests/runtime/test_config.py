@@ -26,19 +26,20 @@ def test_the_defaults_are_the_balanced_preset():
 
 
 @pytest.mark.parametrize(
-    ("preset", "prefill", "decode"),
+    ("preset", "prefill", "decode", "looks"),
     [
-        ("balanced", "sparse", "sparse"),
-        ("quality", "dense", "sparse"),
-        ("dense", "dense", "dense"),
+        ("balanced", "sparse", "sparse", 2),
+        ("quality", "dense", "sparse", 8),
+        ("dense", "dense", "dense", 2),
     ],
 )
-def test_a_preset_decides_about_both_phases(preset, prefill, decode):
+def test_a_preset_decides_about_both_phases(preset, prefill, decode, looks):
     for config in (HipConfig.load(None, preset), HipConfig.load(json.dumps({"preset": preset}))):
         assert (config.prefill, config.decode) == (prefill, decode)
         plan = config.layer_plan(0)
         assert (plan.sparse_from is not None) == (prefill == "sparse")
         assert (plan.sparse_decode_from is not None) == (decode == "sparse")
+        assert config.second_look == looks
 
 
 def test_the_paper_preset_searches_and_drops():
