@@ -71,7 +71,8 @@ class Asked:
     @classmethod
     def of_sample(cls, sample: Sample, tokenizer: Tokenizer) -> Asked:
         """The first answer of a task's question."""
-        answer = tokenizer.encode(f" {sample.answers[0]}", add_special_tokens=False).ids
+        said = f"{sample.between}{sample.answers[0]}"
+        answer = tokenizer.encode(said, add_special_tokens=False).ids
         return cls(list(sample.ids[:-1]), [sample.ids[-1], *answer[:-1]], answer)
 
 

@@ -47,6 +47,7 @@ class Quotes(Task):
             (quote.expected,),
             (document.spans[quote.target][0] / len(text),),
             CONTINUATION,
+            between="",
         )
 
     def score(self, sample: Sample, completion: str) -> float:

@@ -23,6 +23,7 @@ class Sample:
     # it stands all over the text
     depths: tuple[float, ...]
     new_tokens: int  # to be generated: the answers', and some around them
+    between: str = " "  # the prompt and its answer
 
 
 class Task(ABC):

@@ -159,8 +159,9 @@ def test_an_eighth_in_pages_of_16_tells_keys_apart_as_dense_does() -> None:
 
 
 @pytest.mark.soak
-def test_answers_are_counted_against_dense(bench: Callable[..., dict[str, Any]]) -> None:
-    found = bench("methods", "--task", "needle", "--documents", "4")["values"]
+@pytest.mark.parametrize("task", ["needle", "quotes"])
+def test_answers_are_counted_against_dense(bench: Callable[..., dict[str, Any]], task: str) -> None:
+    found = bench("methods", "--task", task, "--documents", "4")["values"]
     assert found["dense"]["right"] == 1
     assert found["stream"]["right"] < 1
     assert found["stream"]["gain_low"] <= found["stream"]["gain"] == found["stream"]["right"] - 1
