@@ -21,7 +21,10 @@ def file_of(name: str) -> Path:
 
 
 def runs(bench: str) -> list[Run]:
-    """The newest run of each configuration on each machine; none where there are no rows yet."""
+    """The newest run of each configuration on each machine; none where there are no rows yet.
+
+    What it did not measure is left out, or of an older one where it repeats nothing of that.
+    """
     path = file_of(f"{bench}.csv")
     if not path.exists():
         return []
@@ -30,7 +33,12 @@ def runs(bench: str) -> list[Run]:
         for row in csv.DictReader(file):
             key = row["machine"] + row["config"]
             if row["metric"] in found.get(key, {}):
-                found[key] = {}  # a newer run of the same
+                # a newer run of the same, which may have begun with what the older one lacked
+                found[key] = {
+                    metric: known
+                    for metric, known in found[key].items()
+                    if known["git_sha"] == row["git_sha"]
+                }
             found.setdefault(key, {})[row["metric"]] = row
     return [
         (json.loads(row["config"]), row, metrics)

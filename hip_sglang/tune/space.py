@@ -88,19 +88,16 @@ class Space:
         given = {name: getattr(self.base, name) for name in (*OWN, *SHARED)}
         plain = {"dense": False, **given}
         changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
-        looks = (self.base.second_look, LOOKS[0], LOOKS[-1])
-        changes += [
-            {"budget": budget, "second_look": look}
-            for look in looks
-            for budget in options["budget.0"]
+        sizes = [{"budget": budget} for budget in options["budget.0"]]
+        # a smaller window with as much less of a budget
+        sizes += [
+            {"window": self.base.window * scale, "budget": self.base.budget * scale}
+            for scale in WINDOWS
         ]
         changes += [
-            {
-                "window": self.base.window * scale,
-                "budget": self.base.budget * scale,
-                "sub_page_means": means,
-            }
-            for scale in WINDOWS
+            {**size, "second_look": look, "sub_page_means": means}
+            for size in sizes
+            for look in (self.base.second_look, LOOKS[0], LOOKS[-1])
             for means in options["sub_page_means"]
         ]
         found: list[Genes] = []

@@ -36,9 +36,9 @@ def judge(genes: Genes) -> Values:
 def test_layers_are_grouped_in_order() -> None:
     assert [layer for group in SPACE.groups for layer in group] == list(range(12))
     assert len(SPACE.groups) == 8
-    # what is given, dense, another refresh and top_p; five budgets, each with three second looks;
-    # window and budget at three sizes, with and without means of sub-pages
-    assert len(SPACE.uniform()) == 4 + 5 * 3 + 3 * 2 - 2
+    # what is given, dense, another refresh and top_p; five budgets, and two smaller windows, each
+    # with three second looks, by one mean a page and by four
+    assert len(SPACE.uniform()) == 4 + (5 + 2) * 3 * 2 - 1
     assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
 
 
