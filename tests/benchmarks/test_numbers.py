@@ -102,6 +102,24 @@ def test_scores_of_tasks_are_shown_with_their_intervals(write: ModuleType) -> No
     )
 
 
+def test_a_newer_run_keeps_what_it_found_before_it_repeated_an_older_one(
+    write: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"model": "llama", "length": 16384, "samples": 50, "seed": 0, "hip": {}}
+
+    def scores(preset: str) -> dict[str, list[float]]:
+        names = f"needle__{preset}", f"needle__{preset}__low", f"needle__{preset}__high"
+        return {name: [1.0] for name in names}
+
+    for sha, presets in (("abc", ("paper", "balanced")), ("def", ("dense", "paper"))):
+        monkeypatch.setattr(load_bench("rows"), "git_sha", lambda _, sha=sha: sha)
+        save("eval", shape, **{name: of for p in presets for name, of in scores(p).items()})
+    (row,) = write.eval_section()[-1].splitlines()[2:]
+    assert "| dense 100.0 (100-100), paper 100.0 (100-100) |" in row
+    assert "def" in row
+    assert "abc" not in row
+
+
 def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:
     contexts = {"part": "synthetic", "seeds": 2, "length": 4096, "hip": "balanced"}
     samples = {"ours": [0.1, 0.9], "oracle": [0.2, 0.4], "paper": [1.0, 1.0], "stream": [2.0, 2.0]}
