@@ -99,5 +99,6 @@ def test_a_prompt_through_nodes_comes_nearer_to_dense_than_dropping(name: str) -
         return float((found - dense).norm() / dense.norm())
 
     flat, nodes = error(None), error(0)
-    assert flat < nodes < 3 * flat
+    # a node has one mean, for 512 tokens
+    assert flat < nodes < 3.5 * flat
     assert nodes < error(0, replace(BEAM, remainder="none")) / 5

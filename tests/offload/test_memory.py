@@ -49,9 +49,9 @@ def test_the_sizes_of_a_known_model() -> None:
     taken = found.cache_bytes + found.summary_bytes + found.table_bytes
     assert taken <= 60 * GIB < taken + 2 * 64 * (128 << 10)
     assert found.running == 16
-    # whoever reads nodes stores them
+    # whoever reads nodes stores them: three rows for eight pages of six
     long = plan_of({"host_gib": 64}, device_bytes=60 * GIB, context=1 << 20)
-    assert long.summary_bytes == pytest.approx(found.summary_bytes * 9 / 8, rel=2e-3)
+    assert long.summary_bytes == pytest.approx(found.summary_bytes * 17 / 16, rel=2e-3)
 
 
 def test_a_device_for_few_tokens_serves_few_requests() -> None:

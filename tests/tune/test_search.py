@@ -123,9 +123,9 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 
 def test_trials_of_another_search_are_refused(tmp_path: Path) -> None:
-    searched(tmp_path / "trials.jsonl", judge, 30, seed=1)
+    searched(tmp_path / "trials.jsonl", judge, 60, seed=1)
     with pytest.raises(ValueError, match="of another search; give another --out"):
-        searched(tmp_path / "trials.jsonl", judge, 30, seed=2)
+        searched(tmp_path / "trials.jsonl", judge, 60, seed=2)
 
 
 def test_two_searches_do_not_share_a_file(tmp_path: Path) -> None:
