@@ -111,12 +111,13 @@ def run(
     name: Annotated[str, typer.Argument(help="One of the profile's, or all.")],
     profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "quick",
 ) -> None:
-    """Run the benchmarks of a profile, one after the other, and keep their rows."""
+    """Run the benchmarks of a profile, one after the other; rows of quick are not kept."""
     console, failed = Console(), 0
+    keep = ["--save"] if profile != "quick" else []
     for bench, arguments in chosen(name, profile):
         console.rule(f"{bench} {' '.join(arguments)}")
         began = time.monotonic()
-        more = ["--out", str(ROOT / "benchmarks" / "results")] if bench == GPU else ["--save"]
+        more = ["--out", str(ROOT / "benchmarks" / "results")] if bench == GPU else keep
         with command(bench) as program:
             code = subprocess.run([*program, *arguments, *more], cwd=ROOT, check=False).returncode
         console.print(f"{bench}: exit code {code} after {time.monotonic() - began:.0f} s")

@@ -13,6 +13,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,14 @@ def run(
     """
     dense = plans_of(HipConfig(preset="dense"), teacher)
     found: Samples = {}
+    longest = max(len(one.ids) + len(one.tail) for one in asked)
+    shared, before = teacher.read([], dense, longest), list[int]()
     for number, one in enumerate(asked, 1):
-        document = teacher.read(one.ids, dense, len(one.tail))
+        # questions of one text follow each other
+        kept = len(commonprefix([before, one.ids]))
+        teacher.read_on(shared, kept, one.ids[kept:], dense)
+        before = one.ids
+        document = shared
         said = teacher.ask(document, one.tail, dense)
         for name, attention in {DENSE: dense, **contest}.items():
             if own_prefill:

@@ -85,8 +85,6 @@ class Space:
     def uniform(self) -> list[Genes]:
         """What is the same for all layers, and one would try by hand; first what is given."""
         options = self.options()
-        given = {name: getattr(self.base, name) for name in (*OWN, *SHARED)}
-        plain = {"dense": False, **given}
         changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
         sizes = [{"budget": budget} for budget in options["budget.0"]]
         # a smaller window with as much less of a budget
@@ -102,14 +100,35 @@ class Space:
         ]
         found: list[Genes] = []
         for change in changes:
-            wanted = {**plain, **change}
-            genes = {
-                gene: min(of, key=lambda option: abs(option - wanted[gene.partition(".")[0]]))
-                for gene, of in options.items()
-            }
-            if genes not in found:
+            if (genes := self._near(change)) not in found:
                 found.append(genes)
         return found
+
+    def single(self) -> list[Genes]:
+        """What each group is worth: one alone as little as can be, and one alone more than that."""
+        options = self.options()
+        least = {"budget": options["budget.0"][0], "second_look": options["second_look.0"][0]}
+        longest = {"second_look": options["second_look.0"][-1]}
+        found: list[Genes] = []
+        for group in range(len(self.groups)):
+            others = [other for other in range(len(self.groups)) if other != group]
+            for own, rest in ((least, {}), ({}, least), (longest, least)):
+                changes = {f"{name}.{group}": value for name, value in own.items()}
+                changes |= {f"{name}.{n}": value for n in others for name, value in rest.items()}
+                if (genes := self._near(changes)) not in found:
+                    found.append(genes)
+        return found
+
+    def _near(self, change: Mapping[str, Any]) -> Genes:
+        """What is given, but for a change of all groups ("budget") or of one ("budget.2")."""
+        given = {name: getattr(self.base, name) for name in (*OWN, *SHARED)}
+        wanted = {"dense": False, **given, **change}
+        return {
+            gene: min(
+                of, key=lambda one: abs(one - wanted.get(gene, wanted[gene.partition(".")[0]]))
+            )
+            for gene, of in self.options().items()
+        }
 
     def config(self, genes: Mapping[str, Any], **more: Any) -> HipConfig:
         """With ``more`` settings in place of those given."""

@@ -105,9 +105,16 @@ class Teacher:
     def read(self, ids: Sequence[int], attention: Attention, room: int) -> Document:
         """Read a prompt, with room for so many tokens behind it."""
         document = Document(0, len(ids) + room, {})
+        self.read_on(document, 0, ids, attention)
+        return document
+
+    def read_on(
+        self, document: Document, kept: int, ids: Sequence[int], attention: Attention
+    ) -> None:
+        """Forget all but the first ``kept`` tokens of a document, and read on from there."""
+        document.tokens = kept
         for first in range(0, len(ids), CHUNK):
             self._pass(document, ids[first : first + CHUNK], attention.prompt, 1)
-        return document
 
     def ask(self, document: Document, ids: Sequence[int], attention: Attention) -> Tensor:
         """Log-probabilities of the token after each of these, decode steps [S, vocabulary].

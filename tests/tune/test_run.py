@@ -55,12 +55,12 @@ def test_it_writes_configurations_that_a_server_takes(
     assert "than paper, config-" in said
 
 
-@pytest.mark.slow
 def lines(folder: Path) -> int:
     """What was judged there."""
     return sum(len(file.read_text().splitlines()) for file in folder.glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_search_that_was_ended_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

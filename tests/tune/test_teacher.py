@@ -72,6 +72,20 @@ def test_steps_that_are_asked_together_are_those_asked_one_by_one(
     assert float(apart.mean()) > 1e-4
 
 
+def test_a_document_is_read_on_from_what_two_have_in_common(
+    teacher: Teacher, ids: list[int]
+) -> None:
+    dense, sparse = pruned(teacher, preset="dense"), pruned(teacher, **SPARSE)
+    other = [*ids[:777], *ids[200:850]]
+    document = teacher.read(ids[:-STEPS], dense, STEPS)
+    # pages that were summarised are summarised again
+    teacher.read_on(document, 777, other[777:], dense)
+    assert document.tokens == len(other)
+    anew = teacher.read(other, dense, STEPS)
+    found, expected = (teacher.ask(one, ids[-STEPS:], sparse) for one in (document, anew))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_a_choice_is_used_again_until_the_length_divides(
     teacher: Teacher, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
