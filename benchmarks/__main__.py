@@ -54,6 +54,8 @@ METHODS = [
         for documents, share in (("500", "0.125"), ("60", "0.0625"), ("60", "0.25"))
     ),
 ]
+# tokens that the default configuration attends exactly
+DEFAULT = 64 + 1024 + 2048
 EVALUATIONS = [
     ("quotes,needle,multikey2", "4096", "20", ["--hip-config", SHORT]),
     ("quotes,needle_context", "4096,16384,65536,131072", "10", []),
@@ -89,6 +91,23 @@ PROFILES: dict[str, Plan] = {
         *(
             ("methods", ["--task", task, "--context", "16384", "--documents", "10"])
             for task in ("quotes", "needle", "needle_context")
+        ),
+        *(
+            (
+                "methods",
+                [
+                    "--task",
+                    task,
+                    "--documents",
+                    "10",
+                    "--context",
+                    f"{n}",
+                    "--share",
+                    f"{DEFAULT / n}",
+                ],
+            )
+            for n in (16384, 65536, 131072)
+            for task in ("quotes", "needle_context")
         ),
         *(
             (EVAL, ["--tasks", tasks, "--lengths", lengths, "--samples", samples, *more])

@@ -13,7 +13,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,8 @@ def run(
     shared, before = teacher.read([], dense, longest), list[int]()
     for number, one in enumerate(asked, 1):
         # questions of one text follow each other
-        kept = len(commonprefix([before, one.ids]))
+        differ = (at for at, (a, b) in enumerate(zip(before, one.ids, strict=False)) if a != b)
+        kept = next(differ, min(len(before), len(one.ids)))
         teacher.read_on(shared, kept, one.ids[kept:], dense)
         before = one.ids
         document = shared

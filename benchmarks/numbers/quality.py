@@ -193,7 +193,8 @@ def tuning_section() -> list[str]:
             low, middle, high = (float(metrics[name][of]) for of in ("p20", "p50", "p80"))
             return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
-        for preset in ("balanced", "paper"):
+        presets = [name.removesuffix(".dominated") for name in metrics if ".dominated" in name]
+        for preset in presets:
             names = "kl", "tuned.kl", "read", "tuned.read", "dominated"
             rows.append(
                 [

@@ -27,7 +27,7 @@ PIECES = 6
 HELD_OUT = 0.3
 # what the search at the short length hands on to the long one
 MOST_PROMISING = 16
-SPARSE_PRESETS = ("balanced", "paper")
+SPARSE_PRESETS = ("balanced", "quality", "paper")
 SETTINGS, TRIALS, LONG, HELD, REPORT, PICTURE = (
     "tune.json",
     "trials.jsonl",

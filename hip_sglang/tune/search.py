@@ -17,6 +17,8 @@ from hip_sglang.journal import Journal
 from hip_sglang.tune.space import Genes, Space
 
 POPULATION = 16
+# a search that asks for what it knows so many times in a row is over
+MOST_REPEATED = 200
 Values = tuple[float, float]
 
 
@@ -58,36 +60,41 @@ def search(
     """So many trials; what was found before is not judged again.
 
     All that is random follows from the seed and from what was found before, so the search takes the
-    same way through what was found as it did before, and then goes on. Raises ValueError where the
-    trials are of another search.
+    same way through what was found as it did before, and then goes on. No configuration is tried
+    twice; there are fewer trials where it comes to no other ones any more. Raises ValueError where
+    the trials are of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna calls this crossover experimental
-        crossover = optuna.samplers.nsgaii.SBXCrossover()
-    sampler = optuna.samplers.NSGAIISampler(
-        population_size=POPULATION, crossover=crossover, seed=seed
-    )
+        warnings.simplefilter("ignore")  # optuna calls these two experimental
+        # options stand in order: a child is between its parents, or near to one
+        sampler = optuna.samplers.NSGAIISampler(
+            population_size=POPULATION,
+            crossover=optuna.samplers.nsgaii.SBXCrossover(),
+            mutation=optuna.samplers.nsgaii.PolynomialMutation(),
+            seed=seed,
+        )
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    # options stand in order: a child is between its parents, and not one of both at random
-    options, known = space.options(), list(found.known)
-    for genes in space.uniform():
+    options, tried = space.options(), list[Trial]()
+    for genes in space.start():
         study.enqueue_trial({name: options[name].index(of) for name, of in genes.items()})
-    for number in range(trials):
+    repeated = 0  # in a row
+    while len(tried) < trials and repeated < MOST_REPEATED:
         asked = study.ask()
         genes = {name: of[asked.suggest_int(name, 0, len(of) - 1)] for name, of in options.items()}
-        if number < len(known):
-            if known[number].genes != genes:
-                raise ValueError(
-                    "the trials that are there are of another search; give another --out"
-                )
-            values = known[number].values
-        else:
-            values = judge(genes)
-            found.add(Trial(genes, values))
-        study.tell(asked, values)
+        if any(trial.genes == genes for trial in tried):
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            repeated += 1
+            continue
+        repeated = 0
+        if len(tried) == len(found.known):
+            found.add(Trial(genes, judge(genes)))
+        tried.append(found.known[len(tried)])
+        if tried[-1].genes != genes:
+            raise ValueError("the trials that are there are of another search; give another --out")
+        study.tell(asked, tried[-1].values)
         on_trial()
-    return found.known[:trials]
+    return tried
 
 
 def front(trials: Iterable[Trial]) -> list[Trial]:

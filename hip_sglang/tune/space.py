@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -84,51 +84,61 @@ class Space:
 
     def uniform(self) -> list[Genes]:
         """What is the same for all layers, and one would try by hand; first what is given."""
+        return self._genes(self._plain())
+
+    def start(self) -> list[Genes]:
+        """What a search begins with: the same, and what shows which groups matter."""
+        return self._genes([{}, *self._single(), *self._plain()])
+
+    def _plain(self) -> list[Genes]:
+        """Changes of all groups."""
         options = self.options()
-        changes: list[Genes] = [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}]
         sizes = [{"budget": budget} for budget in options["budget.0"]]
         # a smaller window with as much less of a budget
         sizes += [
             {"window": self.base.window * scale, "budget": self.base.budget * scale}
             for scale in WINDOWS
         ]
-        changes += [
+        looks = [
             {**size, "second_look": look, "sub_page_means": means}
             for size in sizes
             for look in (self.base.second_look, LOOKS[0], LOOKS[-1])
             for means in options["sub_page_means"]
         ]
+        return [{}, {"dense": True}, {"refresh": 4}, {"top_p": 0.95}, *looks]
+
+    def _single(self) -> list[Genes]:
+        """One group reads as little as can be; or all others do, and it reads what it did, or more.
+
+        Layers differ much in what pruning them costs, and few of them may matter.
+        """
+        options, groups = self.options(), range(len(self.groups))
+        least = {"budget": options["budget.0"][0], "second_look": options["second_look.0"][0]}
+        found: list[Genes] = []
+        for group in groups:
+            others = {f"{name}.{n}": least[name] for n in groups if n != group for name in least}
+            found += [
+                {f"{name}.{group}": value for name, value in least.items()},
+                others,
+                {**others, f"second_look.{group}": options["second_look.0"][-1]},
+            ]
+        return found
+
+    def _genes(self, changes: Iterable[Genes]) -> list[Genes]:
+        """What is given, but for changes of all groups ("budget") or of one ("budget.2")."""
+        given = {"dense": False, **{name: getattr(self.base, name) for name in (*OWN, *SHARED)}}
         found: list[Genes] = []
         for change in changes:
-            if (genes := self._near(change)) not in found:
+            wanted = {**given, **change}
+            genes = {
+                gene: min(
+                    of, key=lambda one: abs(one - wanted.get(gene, wanted[gene.partition(".")[0]]))
+                )
+                for gene, of in self.options().items()
+            }
+            if genes not in found:
                 found.append(genes)
         return found
-
-    def single(self) -> list[Genes]:
-        """What each group is worth: one alone as little as can be, and one alone more than that."""
-        options = self.options()
-        least = {"budget": options["budget.0"][0], "second_look": options["second_look.0"][0]}
-        longest = {"second_look": options["second_look.0"][-1]}
-        found: list[Genes] = []
-        for group in range(len(self.groups)):
-            others = [other for other in range(len(self.groups)) if other != group]
-            for own, rest in ((least, {}), ({}, least), (longest, least)):
-                changes = {f"{name}.{group}": value for name, value in own.items()}
-                changes |= {f"{name}.{n}": value for n in others for name, value in rest.items()}
-                if (genes := self._near(changes)) not in found:
-                    found.append(genes)
-        return found
-
-    def _near(self, change: Mapping[str, Any]) -> Genes:
-        """What is given, but for a change of all groups ("budget") or of one ("budget.2")."""
-        given = {name: getattr(self.base, name) for name in (*OWN, *SHARED)}
-        wanted = {"dense": False, **given, **change}
-        return {
-            gene: min(
-                of, key=lambda one: abs(one - wanted.get(gene, wanted[gene.partition(".")[0]]))
-            )
-            for gene, of in self.options().items()
-        }
 
     def config(self, genes: Mapping[str, Any], **more: Any) -> HipConfig:
         """With ``more`` settings in place of those given."""

@@ -48,7 +48,7 @@ def test_it_writes_configurations_that_a_server_takes(
     # by what they read at the long length; on unseen text the same, but for rounding
     shares = [one["share_read"] for one in found]
     assert shares == sorted(shares)
-    assert [one["preset"] for one in report["presets"]] == ["balanced", "paper"]
+    assert [one["preset"] for one in report["presets"]] == ["balanced", "quality", "paper"]
     assert (tmp_path / tuning.PICTURE).read_bytes().startswith(b"\x89PNG")
     said = " ".join(capsys.readouterr().out.split())
     # whatever is not dense comes nearer than the published search, and reads less

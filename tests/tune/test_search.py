@@ -39,6 +39,8 @@ def test_layers_are_grouped_in_order() -> None:
     # what is given, dense, another refresh and top_p; five budgets, and two smaller windows, each
     # with three second looks, by one mean a page and by four
     assert len(SPACE.uniform()) == 4 + (5 + 2) * 3 * 2 - 1
+    # and three of each group
+    assert len(SPACE.start()) == len(SPACE.uniform()) + 8 * 3
     assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
 
 
@@ -63,12 +65,23 @@ def test_genes_become_a_configuration() -> None:
     assert changed.budget == 1024
 
 
+def test_a_search_begins_with_what_each_group_is_worth() -> None:
+    plain = SPACE.uniform()
+    first, less, alone, longer, *_ = SPACE.start()
+    assert first == plain[0]
+    changed = [{name for name in first if genes[name] != first[name]} for genes in (less, alone)]
+    assert changed[0] == {"budget.0", "second_look.0"}
+    assert changed[1] == {f"{name}.{n}" for n in range(1, 8) for name in ("budget", "second_look")}
+    assert longer == {**alone, "second_look.0": 8}
+    assert (less["budget.0"], less["second_look.0"]) == (128, 0)
+
+
 @pytest.mark.parametrize("config", [{"offload": {"host_gib": 1}}, {"preset": "paper"}])
 def test_a_second_look_is_not_searched_for_where_there_should_be_none(
     config: dict[str, object],
 ) -> None:
     space = Space.of(HipConfig.load(config), layers=2)
-    plans = [space.config(genes).layer_plan(0) for genes in space.uniform()]
+    plans = [space.config(genes).layer_plan(0) for genes in space.start()]
     assert {plan.pages.second_look for plan in plans} == {HipConfig.load(config).second_look}
 
 
@@ -95,37 +108,54 @@ def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
     assert area > 1.02 * hypervolume(by_chance, WORST)
 
 
+def test_nothing_is_tried_twice(tmp_path: Path) -> None:
+    found = searched(tmp_path / "trials.jsonl", judge, 240, seed=2)
+    assert len({str(trial.genes) for trial in found}) == 240
+
+
+def test_a_small_space_ends_a_search(tmp_path: Path) -> None:
+    small = Space.of(HipConfig.load({"preset": "paper", "window": 64, "budget": 64}), layers=1)
+    with closing(Trials(tmp_path / "trials.jsonl")) as trials:
+        found = search(small, judge_small, 10_000, trials)
+    # budgets of one and two pages, top_p, refresh, and dense
+    assert 40 < len(found) <= 2 * 4 * 4 * 2
+
+
+def judge_small(genes: Genes) -> Values:
+    return float(genes["budget.0"]), float(genes["top_p.0"])
+
+
 def searched(path: Path, judge: Callable[[Genes], Values], count: int, seed: int) -> list[Trial]:
     with closing(Trials(path)) as trials:
         return search(SPACE, judge, count, trials, seed=seed)
 
 
 def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    whole = searched(tmp_path / "whole.jsonl", judge, 80, seed=5)
+    whole = searched(tmp_path / "whole.jsonl", judge, 100, seed=5)
     path, judged = tmp_path / "killed.jsonl", []
 
     def counted(genes: Genes) -> Values:
         judged.append(genes)
-        if len(judged) in (30, 55):
+        if len(judged) in (30, 85):
             raise KeyboardInterrupt
         return judge(genes)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            searched(path, counted, 80, seed=5)
+            searched(path, counted, 100, seed=5)
         # the line that a kill tore
         with path.open("a") as file:
             file.write('{"genes": {"budg')
-    found = searched(path, counted, 80, seed=5)
+    found = searched(path, counted, 100, seed=5)
     assert found == whole
-    assert len(judged) == 82
+    assert len(judged) == 102
     assert (tmp_path / "whole.jsonl").read_bytes() == path.read_bytes()
 
 
 def test_trials_of_another_search_are_refused(tmp_path: Path) -> None:
-    searched(tmp_path / "trials.jsonl", judge, 60, seed=1)
+    searched(tmp_path / "trials.jsonl", judge, 90, seed=1)
     with pytest.raises(ValueError, match="of another search; give another --out"):
-        searched(tmp_path / "trials.jsonl", judge, 60, seed=2)
+        searched(tmp_path / "trials.jsonl", judge, 90, seed=2)
 
 
 def test_two_searches_do_not_share_a_file(tmp_path: Path) -> None:
