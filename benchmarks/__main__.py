@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -54,7 +55,7 @@ METHODS = [
         for documents, share in (("500", "0.125"), ("60", "0.0625"), ("60", "0.25"))
     ),
 ]
-# tokens that the default configuration attends exactly
+# no more tokens than the default configuration attends exactly
 DEFAULT = 64 + 1024 + 2048
 EVALUATIONS = [
     ("quotes,needle,multikey2", "4096", "20", ["--hip-config", SHORT]),
@@ -151,20 +152,25 @@ def compare(
     profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "quick",
 ) -> None:
     """Run the same benchmarks on another commit and here, in turn, and show what changed."""
+    if profile == "gpu":
+        raise typer.BadParameter("--profile gpu: its benchmark is not compared; choose another")
     table = Table("benchmark", "value", ref, "here", "here / there")
     with checked_out(ref) as other:
         for bench, arguments in chosen(name, profile):
             found: dict[Path, list[dict[str, float]]] = {other: [], ROOT: []}
-            for turn in range(ROUNDS):
-                for place in (other, ROOT) if turn % 2 == 0 else (ROOT, other):
-                    found[place].append(values_of(bench, arguments, place))
+            try:
+                for turn in range(ROUNDS):
+                    for place in (other, ROOT) if turn % 2 == 0 else (ROOT, other):
+                        found[place].append(values_of(bench, arguments, place))
+            except subprocess.CalledProcessError:
+                print(f"{bench} {' '.join(arguments)} is left out: it ended with an error")
+                continue
             for value in found[ROOT][0]:
                 there, here = (
-                    sorted(one[value] for one in found[place] if value in one)
-                    for place in (other, ROOT)
+                    [one[value] for one in found[place] if value in one] for place in (other, ROOT)
                 )
                 if there and here:
-                    before, after = there[len(there) // 2], here[len(here) // 2]
+                    before, after = median(there), median(here)
                     ratio = f"{after / before:.2f}" if before else "-"
                     table.add_row(bench, value, f"{before:.4g}", f"{after:.4g}", ratio)
     Console().print(table)

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hip_kernels.page_size import PAGE_SIZES, VARIABLE, page_size
 
+from hip_sglang.config import HipConfig
 from hip_sglang.demo.model import BUILTIN, write_model
 
 TRAINED = "trained"
@@ -70,3 +71,10 @@ def at_least(least: int, **values: int) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} {value} is too small; give {least:,} or more"
             )
+
+
+def given_of(config: HipConfig) -> dict[str, Any]:
+    """The preset, where it is not the default one, and what differs from it."""
+    plain = HipConfig(preset=config.preset).model_dump(mode="json")
+    own = {key: it for key, it in config.model_dump(mode="json").items() if it != plain[key]}
+    return own if config.preset == HipConfig().preset else {"preset": config.preset, **own}

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hip_sglang.config import HipConfig, LayerPlan
 from hip_sglang.runtime.host_platform import settle_environment
 
-from .arguments import Parser, at_least
+from .arguments import Parser, at_least, given_of
 from .rows import percentiles, save
 
 
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
         print(f"{name:16s} {percentiles(samples)[1]:6.1f}x")
     shape = {
         "mode": args.mode, "context": args.context, "rows": rows, "heads": args.heads,
-        "dim": args.dim, "hip": config.model_dump(mode="json", exclude_defaults=True),
+        "dim": args.dim, "hip": given_of(config),
     }  # fmt: skip
     if args.save:
         rows_of = {f"ratio.{name}": ("x", samples) for name, samples in found.items()}

@@ -10,7 +10,8 @@ from hip_kernels.layout import PAGE_SIZE
 
 from hip_sglang.config import HipConfig
 from hip_sglang.demo.vocabulary import Tokenizer
-from hip_sglang.tune.judge import ALWAYS, plans_of
+from hip_sglang.tune.judge import plans_of
+from hip_sglang.tune.space import ALWAYS
 from hip_sglang.tune.teacher import Attention, Teacher
 
 from .kept import METHODS, Kept, Sizes
@@ -70,7 +71,12 @@ class Asked:
 
     @classmethod
     def of_sample(cls, sample: Sample, tokenizer: Tokenizer) -> Asked:
-        """The first answer of a task's question."""
+        """The answer of a task's question. Raises ValueError where there are several."""
+        if len(sample.answers) > 1:
+            raise ValueError(
+                f"an answer of this task is {len(sample.answers)} in any order; ask a server, by "
+                "`hip-sglang eval`"
+            )
         said = f"{sample.between}{sample.answers[0]}"
         answer = tokenizer.encode(said, add_special_tokens=False).ids
         return cls(list(sample.ids[:-1]), [sample.ids[-1], *answer[:-1]], answer)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from hip_kernels.stored import PagedKV
 
-from hip_sglang.config import PRESETS, HipConfig, LayerPlan
+from hip_sglang.config import HipConfig, LayerPlan
 from hip_sglang.demo.architecture import OFFSETS
 
-from .arguments import Parser, at_least
+from .arguments import Parser, at_least, given_of
 from .attention import Case
 from .retrieval import MAX_CONTEXT, MIN_CONTEXT, Task, right_tokens
 from .rows import save
@@ -64,10 +64,10 @@ def synthetic(config: HipConfig, seeds: int, length: int) -> dict[str, dict[str,
 
 def label(config: HipConfig) -> str:
     """A short name: the preset and what differs from it."""
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    decided = {"preset": config.preset, **PRESETS[config.preset]}
-    own = [f"{key}={value}" for key, value in given.items() if decided.get(key) != value]
-    return ",".join(own if own and config.preset == "balanced" else [config.preset, *own])
+    given = given_of(config)
+    preset = given.pop("preset", None)
+    own = [f"{key}={value}" for key, value in given.items()]
+    return ",".join(own if own and preset is None else [config.preset, *own])
 
 
 def main(argv: list[str]) -> int:

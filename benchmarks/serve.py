@@ -34,7 +34,7 @@ from hip_sglang.demo.quotes import pick_quotes
 from hip_sglang.demo.server import serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import load_tokenizer
 
-from .arguments import Parser, at_least
+from .arguments import Parser, at_least, given_of
 from .retrieval import library_document
 from .rows import percentiles, save
 
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> int:
         "context": args.context, "new": args.new, "rounds": args.rounds,
         "torch_native": args.torch_native,
         "model": args.model.name if args.model else "built-in",
-        "hip": config.model_dump(mode="json", exclude_defaults=True),
+        "hip": given_of(config),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0

@@ -1,7 +1,8 @@
 """Does a search find more than chance does, and more than the presets are?
 
 From the presets' settings, with sink, window and budget a share of the context, `hip-sglang tune`'s
-search and random draws try as many configurations, and begin with the same ones. Their fronts are
+search and random draws try as many configurations. Random draws, too, begin with what is the same
+for all layers and one would try by hand. Their fronts are
 judged again on documents that neither has seen: the hypervolume of each, in decades of KL
 divergence below that of the published search times the share of the KV that need not be read; and
 whether what was better than a preset in both is so there, too.
@@ -39,7 +40,7 @@ LEAST = 1e-6
 
 
 def drawn(space: Space, count: int, seed: int) -> list[Genes]:
-    """So many configurations: those that a search begins with, and then any."""
+    """So many configurations: what one would try by hand, and then any."""
     chance, options, start = random.Random(seed), space.options(), space.uniform()[:count]
     more = range(count - len(start))
     return [*start, *({name: chance.choice(of) for name, of in options.items()} for _ in more)]
@@ -85,7 +86,8 @@ def main(argv: list[str]) -> int:
     with workspace() as folder:
         directory = model_of(args.model, folder)
         teacher = Teacher(directory)
-        space = Space.of(HipConfig.load(vars(sizes)), teacher.layers)
+        prompt = args.context - args.steps
+        space = Space.of(HipConfig.load(vars(sizes)), teacher.layers, prompt)
         ids = tokens_of(tokenizer_of(directory), held_out())
         middle = len(ids) // 2
         for seed in range(args.seeds):

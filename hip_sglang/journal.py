@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,28 @@ class Journal:
             whole += len(line)
         self._file.truncate(whole)
         self._file.seek(0, os.SEEK_END)
+
+
+def settle(path: Path, settings: Mapping[str, Any], journal: Journal) -> None:
+    """Keep what all lines of a journal have in common, in a file beside it.
+
+    Raises ValueError where there are lines already, and they have something else in common.
+    """
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.exists() and (known := path.read_text(encoding="utf-8")) != text and journal.known:
+        try:
+            before = json.loads(known)
+        except ValueError:
+            raise ValueError(f"{path} is no JSON; give another --out") from None
+        for name, value in json.loads(text).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{path.parent} was begun with {name}={before.get(name)!r}, and this is "
+                    f"{name}={value!r}; give another --out"
+                )
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def line_of(what: Any) -> bytes:

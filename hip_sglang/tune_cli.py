@@ -29,7 +29,7 @@ def tune(
         "tune-out"
     ),
 ) -> None:
-    """Search per-layer budgets, top_p and refresh for what reads little and stays near dense."""
+    """Search for settings of each layer with which decode steps read little and stay near dense."""
     if importlib.util.find_spec("optuna") is None:
         raise CliError("optuna is missing; install hip-sglang[tune]")
     with one_line_errors():

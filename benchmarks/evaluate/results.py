@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from hip_sglang.journal import Journal
+from hip_sglang.journal import Journal, settle
 
 FILE, SETTINGS = "results.jsonl", "settings.json"
 
@@ -54,16 +53,7 @@ class Results:
 
     def settle(self, settings: Mapping[str, Any]) -> None:
         """Keep what all questions share; raises ValueError where answers to others are here."""
-        path = self._folder / SETTINGS
-        if self.found and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in settings.items():
-                if before.get(name) != value:
-                    raise ValueError(
-                        f"{self._folder} holds answers with {name}={before.get(name)!r}, and this "
-                        f"is {name}={value!r}; give another --out"
-                    )
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settle(self._folder / SETTINGS, settings, self._journal)
 
     def add(self, result: Result) -> None:
         """Keep one more, before the next question counts as answered."""

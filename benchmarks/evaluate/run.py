@@ -30,10 +30,12 @@ from hip_sglang.demo.corpus import read_text
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.server import serve, unwind_on_signals
 from hip_sglang.demo.vocabulary import tokenizer_of
+from hip_sglang.fingerprint import fingerprint
 from hip_sglang.provenance import accelerator, cores, processor, versions
 
 from ..rows import save
 from ..tasks import Sample, Task, tasks_of
+from ..tasks.sample import BLOCK
 from .asking import ask_all
 from .picture import draw
 from .report import Report, document
@@ -99,7 +101,7 @@ class Evaluation:
         """What two answers must have in common to be compared."""
         return {
             "model": BUILT_IN if self.model is None else self.model.resolve().name,
-            "fingerprint": _digest_of_model(self.directory),
+            "fingerprint": fingerprint(self.directory),
             "seed": self.seed,
             "doc": None if self.text is None else _digest(self.text.encode()),
             "hip_config": read(self.hip_config)[0],
@@ -159,6 +161,7 @@ def evaluate(evaluation: Evaluation, *, keep: bool = False, as_json: bool = Fals
             shape = {
                 "model": settings["model"], "length": length, "samples": evaluation.samples,
                 "seed": evaluation.seed, "hip": settings["hip_config"],
+                **({"doc": settings["doc"]} if evaluation.doc else {}),
             }  # fmt: skip
             path = save("eval", shape, report.metrics(length))
         console.print(f"saved to {path.name}")
@@ -189,7 +192,9 @@ def ask_missing(evaluation: Evaluation, results: Results, console: Console) -> N
     # a text may be too long for a document, or too short for a task: said before a server starts
     for length in {min(evaluation.lengths), max(evaluation.lengths)}:
         for task in evaluation.tasks:
-            sample_of(Question(evaluation.presets[0], task, length, 0))
+            # each block of samples begins elsewhere in a document of the user's
+            for index in range(0, evaluation.samples if evaluation.doc else 1, BLOCK):
+                sample_of(Question(evaluation.presets[0], task, length, index))
 
     columns = (
         SpinnerColumn(finished_text="[green]✓[/]"),
@@ -254,14 +259,3 @@ def _where() -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _digest_of_model(directory: Path) -> str:
-    """Of what tells two models apart without reading their weights."""
-    parts = [
-        (directory / name).read_bytes()
-        for name in ("config.json", "tokenizer.json")
-        if (directory / name).is_file()
-    ]
-    weights = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
-    return _digest(b"".join(parts) + json.dumps(weights).encode())

@@ -20,6 +20,7 @@ class Question:
     ending: str
     answers: tuple[str, ...]
     found_in: tuple[str, ...] = ()  # for each answer the part of the text that has it
+    wrong: tuple[str, ...] = ()
 
     def tokens(self, tokenizer: Tokenizer) -> int:
         """Of the ending."""
@@ -74,7 +75,7 @@ class Prompt:
         text = self.text(question, units, marks)
         ids = tuple(tokenizer.encode(text).ids)
         depths = tuple(text.index(part) / len(text) for part in question.found_in)
-        return Sample(text, ids, question.answers, depths, new_tokens)
+        return Sample(text, ids, question.answers, depths, new_tokens, wrong=question.wrong)
 
 
 def _largest(count: Callable[[int], int], least: int, room: int) -> int:

@@ -24,6 +24,7 @@ class Sample:
     depths: tuple[float, ...]
     new_tokens: int  # to be generated: the answers', and some around them
     between: str = " "  # the prompt and its answer
+    wrong: tuple[str, ...] = ()  # what is taken for answers; each that is said takes one away
 
 
 class Task(ABC):
@@ -41,10 +42,11 @@ class Task(ABC):
 
     def score(self, sample: Sample, completion: str) -> float:
         """What of the sample is right, 0..1."""
-        return recall(sample.answers, completion)
+        right, wrong = (recall(some, completion) for some in (sample.answers, sample.wrong))
+        return max(0.0, right - wrong)
 
 
 def recall(answers: tuple[str, ...], completion: str) -> float:
     """The share of the answers that stand somewhere in the completion, in whatever case."""
     said = completion.casefold()
-    return sum(answer.casefold() in said for answer in answers) / len(answers)
+    return sum(answer.casefold() in said for answer in answers) / max(1, len(answers))

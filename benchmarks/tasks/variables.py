@@ -18,6 +18,8 @@ _NAME_SYLLABLES = 3
 class Variables(Task):
     """A chain of assignments in noise, and another one beside it; all names of one are asked.
 
+    Each name of the other one that is said counts against one of these.
+
     Only the first name stands beside the value: a model must follow four hops and list what it
     found, so this is for models that have learnt to. The built-in model copies, and cannot.
     """
@@ -49,5 +51,6 @@ class Variables(Task):
             f"Which {CHAIN} names are {values[0]}, by themselves or through others?\n"
             f"The names that are {values[0]}:"
         )
-        question = Question(ending, tuple(names[:CHAIN]), tuple(lines[:CHAIN]))
+        answers, others = tuple(names[:CHAIN]), tuple(names[CHAIN:])
+        question = Question(ending, answers, tuple(lines[:CHAIN]), others)
         return Prompt(self.name, opening, haystack, [question]).sample(tokenizer, length)

@@ -12,9 +12,6 @@ from hip_sglang.tune.pruned import Pruned
 from hip_sglang.tune.search import Values
 from hip_sglang.tune.teacher import Document, Teacher, divergence
 
-# calibration contexts are short: what prunes at all is to prune there
-ALWAYS = {"dense_threshold": 0}
-
 
 @dataclass(frozen=True)
 class _Asked:

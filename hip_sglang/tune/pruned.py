@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from hip_kernels.layout import PAGE_SIZE, Choice, QueryBlocks
@@ -18,8 +19,8 @@ class Pruned:
 
     def __init__(self, plans: Sequence[LayerPlan]) -> None:
         """plans: of each layer."""
-        self.plans = plans
-        self.shares: list[list[float]] = [[] for _ in plans]  # of the KV, by layer and step
+        self.plans = [replace(plan, nodes_from=None) for plan in plans]
+        self.shares: list[list[float]] = [[] for _ in self.plans]  # of the KV, by layer and step
 
     @property
     def share_read(self) -> float:

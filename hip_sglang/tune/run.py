@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hip_sglang.config import HipConfig
-from hip_sglang.tune.judge import ALWAYS, Judge
+from hip_sglang.tune.judge import Judge
 from hip_sglang.tune.picture import draw
 from hip_sglang.tune.search import Trial, Trials, dominates, front, search
-from hip_sglang.tune.space import Genes, Space
+from hip_sglang.tune.space import ALWAYS, Genes, Space
 from hip_sglang.tune.teacher import Teacher
 
 # documents of each length, for the search and for the end
@@ -38,11 +39,16 @@ SETTINGS, TRIALS, LONG, HELD, REPORT, PICTURE = (
 )
 
 
+OURS = re.compile(r"config-\d+\.json")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a search is; one that goes on has the same."""
 
     model: str
+    fingerprint: str  # of it
+    version: str  # of what judges it
     data: list[str]  # digests of texts
     short: int  # tokens of a document in the search
     long: int  # and of those that decide
@@ -52,26 +58,23 @@ class Settings:
     hip: dict[str, Any]  # the configuration to start from
 
 
-def run_tune(teacher: Teacher, ids: list[int], settings: Settings, trials: int, out: Path) -> int:
+def run_tune(
+    teacher: Teacher, ids: list[int], settings: Settings, trials: int, out: Path, known: Trials
+) -> int:
     """Search, judge the best at the long length, and then on text that no search has seen.
 
     Writes ``pareto.json``, ``pareto.png``, and each configuration as a file for ``--hip-config``.
-    Returns 0. Raises ValueError where the text is too short or ``out`` holds another search.
+    ``known`` is what was tried there before. Returns 0. Raises ValueError where the text is too
+    short.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    # nobody else searches there until this is done
-    with closing(Trials(out / TRIALS)) as known:
-        _keep(settings, out / SETTINGS)
-        return _search_and_judge(teacher, ids, settings, trials, out, known)
-
-
-def _search_and_judge(
-    teacher: Teacher, ids: list[int], settings: Settings, trials: int, out: Path, known: Trials
-) -> int:
     console = Console()
-    space = Space.of(HipConfig.load(settings.hip), teacher.layers)
+    prompt = settings.short - settings.steps
+    space = Space.of(HipConfig.load(settings.hip), teacher.layers, prompt)
     cut = int(len(ids) * (1 - HELD_OUT))
     seen, unseen = ids[:cut], ids[cut:]
+    # too little text is said now, and not when a search is over
+    for text, length in ((seen, settings.short), (seen, settings.long), (unseen, settings.long)):
+        pieces(text, length, PIECES, settings.seed)
     with Progress(console=console) as progress:
 
         def judged(
@@ -127,8 +130,8 @@ def pieces(ids: list[int], length: int, count: int, seed: int) -> list[list[int]
     places = len(ids) // length
     if places < count:
         raise ValueError(
-            f"--data has {len(ids):,} tokens for {count} documents of {length:,}; give more text, "
-            "or shorter --lengths"
+            f"a part of the text has {len(ids):,} tokens, too few for {count} documents of "
+            f"{length:,}; give more text, or shorter documents"
         )
     chosen = sorted(random.Random(seed).sample(range(places), count))
     return [ids[place * length : (place + 1) * length] for place in chosen]
@@ -153,17 +156,10 @@ def _spread(some: list[Genes], most: int) -> list[Genes]:
     return [some[round(at * (len(some) - 1) / (most - 1))] for at in range(most)]
 
 
-def _keep(settings: Settings, path: Path) -> None:
-    """Write what the search is, or see that it is the one that is there."""
-    text = json.dumps(asdict(settings), indent=2) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path.parent} holds another search; give another --out, or its settings")
-    path.write_text(text, encoding="utf-8")
-
-
 def _write(space: Space, tuned: list[Trial], presets: list[Trial], out: Path) -> None:
-    for old in out.glob("config-*.json"):
-        old.unlink()
+    for old in out.iterdir():
+        if OURS.fullmatch(old.name):
+            old.unlink()
     report: dict[str, Any] = {"configurations": [], "presets": []}
     for number, trial in enumerate(tuned, 1):
         file = f"config-{number}.json"

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import optuna
 
+from hip_sglang.config import HipConfig
 from hip_sglang.journal import Journal
 from hip_sglang.tune.space import Genes, Space
 
 POPULATION = 16
+# genes of a child that are any, on average: with fewer, children are often what is known
+MUTATIONS = 4
 # a search that asks for what it knows so many times in a row is over
 MOST_REPEATED = 200
 Values = tuple[float, float]
@@ -34,18 +37,18 @@ class Trials:
     """Trials as they come, in a file that survives a kill. Raises ValueError as ``Journal``."""
 
     def __init__(self, path: Path) -> None:
-        self._journal = Journal(path)
+        self.journal = Journal(path)
         self.known = [
-            Trial(one["genes"], (one["values"][0], one["values"][1])) for one in self._journal.known
+            Trial(one["genes"], (one["values"][0], one["values"][1])) for one in self.journal.known
         ]
 
     def add(self, trial: Trial) -> None:
         self.known.append(trial)
-        self._journal.add({"genes": trial.genes, "values": trial.values})
+        self.journal.add({"genes": trial.genes, "values": trial.values})
 
     def close(self) -> None:
         """Let others search there."""
-        self._journal.close()
+        self.journal.close()
 
 
 def search(
@@ -65,28 +68,30 @@ def search(
     the trials are of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options, tried, configs = space.options(), list[Trial](), set[HipConfig]()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna calls these two experimental
-        # options stand in order: a child is between its parents, or near to one
-        sampler = optuna.samplers.NSGAIISampler(
-            population_size=POPULATION,
-            crossover=optuna.samplers.nsgaii.SBXCrossover(),
-            mutation=optuna.samplers.nsgaii.PolynomialMutation(),
-            seed=seed,
-        )
+        warnings.simplefilter("ignore")  # optuna calls this crossover experimental
+        # options stand in order: a child is between its parents, and not one of both at random
+        crossover = optuna.samplers.nsgaii.SBXCrossover()
+    sampler = optuna.samplers.NSGAIISampler(
+        population_size=POPULATION,
+        mutation_prob=MUTATIONS / len(options),
+        crossover=crossover,
+        seed=seed,
+    )
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    options, tried = space.options(), list[Trial]()
     for genes in space.start():
         study.enqueue_trial({name: options[name].index(of) for name, of in genes.items()})
     repeated = 0  # in a row
     while len(tried) < trials and repeated < MOST_REPEATED:
         asked = study.ask()
         genes = {name: of[asked.suggest_int(name, 0, len(of) - 1)] for name, of in options.items()}
-        if any(trial.genes == genes for trial in tried):
+        if (config := space.config(genes)) in configs:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
             repeated += 1
             continue
         repeated = 0
+        configs.add(config)
         if len(tried) == len(found.known):
             found.add(Trial(genes, judge(genes)))
         tried.append(found.known[len(tried)])

@@ -11,6 +11,9 @@ from hip_kernels.layout import PAGE_SIZE
 
 from hip_sglang.config import HipConfig
 
+# calibration contexts are short: what prunes at all is to prune there
+ALWAYS = {"dense_threshold": 0}
+
 Genes = dict[str, Any]
 # layers next to each other that share their settings, at most so many
 MOST_GROUPS = 8
@@ -37,21 +40,27 @@ class Space:
 
     base: HipConfig
     groups: tuple[tuple[int, ...], ...]
+    prompt: int  # tokens before those that are asked, at the shortest length
 
     @classmethod
-    def of(cls, base: HipConfig, layers: int) -> Space:
+    def of(cls, base: HipConfig, layers: int, prompt: int) -> Space:
         """The layers of a model in order, in groups of nearly the same size.
 
         Raises ValueError where the configuration decides for single layers already, or where its
-        decode steps do not prune.
+        decode steps do not prune after such a prompt.
         """
         if base.decode == "dense":
             raise ValueError("decode=dense prunes nothing; tune a configuration that does")
         if base.named_layers:
             raise ValueError("per_layer and dense_layers are what is searched for; leave them out")
+        if (start := _start(base, base.budget)) > prompt:
+            raise ValueError(
+                f"sink, window and budget hold all of a prompt of {prompt:,} tokens: pruning "
+                f"begins at {start:,}; give longer --lengths, or a --hip-config with less"
+            )
         count = min(MOST_GROUPS, layers)
         ends = [round(layers * part / count) for part in range(count + 1)]
-        return cls(base, tuple(tuple(range(first, end)) for first, end in pairwise(ends)))
+        return cls(base, tuple(tuple(range(first, end)) for first, end in pairwise(ends)), prompt)
 
     def options(self) -> dict[str, Sequence[Any]]:
         """What each gene can be."""
@@ -59,14 +68,16 @@ class Space:
             sorted({max(PAGE_SIZE, int(size * scale)) for scale in scales})
             for size, scales in ((self.base.budget, SCALES), (self.base.window, WINDOWS))
         )
+        # one layer's budget decides for all from where on they prune
+        budgets = [budget for budget in budgets if _start(self.base, budget) <= self.prompt]
         plan = self.base.layer_plan(0)
         several = (False, True) if plan.pages.reads_summaries else (self.base.sub_page_means,)
         resident = self.base.offload is None
         looks = resident and self.base.strategy == "summary"
-        choices = {
+        choices: dict[str, Sequence[Any]] = {
             "budget": budgets,
-            "top_p": SHARES,
-            "refresh": REFRESHES,
+            "top_p": sorted({*SHARES, self.base.top_p}, reverse=True),
+            "refresh": sorted({*REFRESHES, self.base.refresh}),
             "second_look": sorted(
                 {*LOOKS, self.base.second_look} if looks else {self.base.second_look}
             ),
@@ -152,3 +163,8 @@ class Space:
         given = self.base.model_dump(exclude_unset=True)
         shared = {name: genes[name] for name in SHARED}
         return HipConfig.load({**given, **shared, "dense_layers": dense, "per_layer": own, **more})
+
+
+def _start(base: HipConfig, budget: int) -> int:
+    """The position from which on queries are sparse when calibration is: where anything can be."""
+    return base.model_copy(update={"budget": budget, **ALWAYS}).start

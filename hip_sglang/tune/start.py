@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 from hip_kernels.layout import PAGE_SIZE
@@ -13,7 +15,11 @@ from hip_sglang.demo.corpus import library_text, read_text
 from hip_sglang.demo.model import BUILTIN, write_model
 from hip_sglang.demo.vocabulary import Tokenizer, tokenizer_of
 from hip_sglang.explain import parse_lengths
-from hip_sglang.tune.run import PIECES, Settings, run_tune
+from hip_sglang.fingerprint import fingerprint
+from hip_sglang.journal import settle
+from hip_sglang.provenance import versions
+from hip_sglang.tune.run import PIECES, SETTINGS, TRIALS, Settings, run_tune
+from hip_sglang.tune.search import Trials
 from hip_sglang.tune.teacher import Teacher
 
 # of Python's library: tokens have some three characters
@@ -38,26 +44,34 @@ def start(
             f"--lengths {lengths}: give one or two lengths, each more than twice --steps {steps}"
         )
     base = HipConfig.load(hip_config)
-    directory = Path(model)
-    if model == BUILTIN:
-        directory = out / "model"
-        write_model(directory)
     texts = [read_text(path) for path in data]
     if not texts:
         # whole documents of both lengths, and as much again that no search sees
         texts = [library_text(seed)[: LIBRARY_CHARACTERS * PIECES * long]]
-    teacher = Teacher(directory)
-    settings = Settings(
-        model=model if model == BUILTIN else str(directory.resolve()),
-        data=[hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts],
-        short=short,
-        long=long,
-        steps=steps,
-        seed=seed,
-        page=PAGE_SIZE,
-        hip=base.model_dump(mode="json", exclude_unset=True),
-    )
-    return run_tune(teacher, tokens_of(tokenizer_of(directory), texts), settings, trials, out)
+    out.mkdir(parents=True, exist_ok=True)
+    # nobody else searches there until this is done
+    with closing(Trials(out / TRIALS)) as known:
+        directory = Path(model)
+        if model == BUILTIN:
+            directory = out / "model"
+            write_model(directory)
+        settings = Settings(
+            model=model if model == BUILTIN else str(directory.resolve()),
+            fingerprint=fingerprint(directory),
+            version=versions("hip-sglang")["hip-sglang"],
+            data=[hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts],
+            short=short,
+            long=long,
+            steps=steps,
+            seed=seed,
+            page=PAGE_SIZE,
+            hip=base.model_dump(mode="json", exclude_unset=True),
+        )
+        settle(out / SETTINGS, asdict(settings), known.journal)
+        teacher = Teacher(directory)
+        teacher.has_room_for(long)
+        ids = tokens_of(tokenizer_of(directory), texts)
+        return run_tune(teacher, ids, settings, trials, out, known)
 
 
 def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from hip_kernels.layout import PAGE_SIZE, SUB_PAGES, Summaries
 from hip_kernels.ops import summarize
 from hip_kernels.stored import PagedKV
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -94,17 +95,27 @@ class Teacher:
             self.model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, attn_implementation=name, local_files_only=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{directory} has no model to load: {error}") from None
         self.model.eval().requires_grad_(False)
         text = self.model.config.get_text_config()
         if getattr(text, "sliding_window", None):
             raise ValueError(f"{directory}: its layers see a window only; name another model")
         self.layers = int(text.num_hidden_layers)
+        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+
+    def has_room_for(self, tokens: int) -> None:
+        """Raise ValueError where the model has fewer positions than that."""
+        if self.positions is not None and tokens > self.positions:
+            raise ValueError(
+                f"the model has {self.positions:,} positions, and a document of {tokens:,} tokens "
+                "takes more; give shorter ones"
+            )
 
     def read(self, ids: Sequence[int], attention: Attention, room: int) -> Document:
         """Read a prompt, with room for so many tokens behind it."""
         document = Document(0, len(ids) + room, {})
+        self.has_room_for(document.room)
         self.read_on(document, 0, ids, attention)
         return document
 

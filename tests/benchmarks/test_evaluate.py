@@ -175,6 +175,21 @@ def test_what_is_wrong_counts_and_presets_are_paired(
     assert rows["needle.balanced.low"] == 0.06149
 
 
+def test_settings_that_a_full_disk_cut_are_one_line(
+    booted: list[list[str]],
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["eval", *arguments]) == 0
+    capsys.readouterr()
+    (tmp_path / "out" / "settings.json").write_text("")
+    assert cli.run(["eval", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "settings.json is no JSON; give another --out" in error
+    assert error.count("\n") == 1
+
+
 def test_the_built_in_model_is_written_once(
     booted: list[list[str]], written_once: None, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -188,7 +203,7 @@ def test_the_built_in_model_is_written_once(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--seed", "1"], "holds answers with seed=0, and this is seed=1; give another --out"),
+        (["--seed", "1"], "was begun with seed=0, and this is seed=1; give another --out"),
         (["--hip-config", '{"budget": 4096}'], "this is hip_config={'budget': 4096}"),
     ],
 )

@@ -86,6 +86,9 @@ def test_one_mean_a_page_is_another_error() -> None:
         ({"preset": "paper"}, "paper"),
         ({"remainder": "log_cosh"}, "remainder=log_cosh"),
         ({"preset": "paper", "budget": 4096}, "paper,budget=4096"),
+        # what is as it is by default, and not as the preset has it
+        ({"preset": "paper", "remainder": "harmonic"}, "paper,remainder=harmonic"),
+        ({"preset": "quality", "second_look": 8, "prefill": "sparse"}, "quality,prefill=sparse"),
     ],
 )
 def test_a_configuration_is_called_by_what_differs(given: dict[str, Any], name: str) -> None:

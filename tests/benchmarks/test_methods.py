@@ -14,7 +14,7 @@ import torch
 from hip_sglang.bench import load_bench
 from hip_sglang.config import HipConfig
 from hip_sglang.tune.judge import plans_of
-from hip_sglang.tune.teacher import Teacher, divergence
+from hip_sglang.tune.teacher import LayerKV, Teacher, divergence
 from tests.benchmarks.conftest import Rows
 from tests.tiny_llama import write_tiny_llama
 
@@ -66,6 +66,33 @@ def test_three_stages_end_with_the_budget() -> None:
     chosen = kept.three_stages(search(key, 64))
     assert int(chosen.sum()) == 64
     assert chosen.unflatten(1, (-1, 8)).all(-1).sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("oracle", 640),
+        ("stream", 0),
+        ("mean keys", 640 / 16),
+        ("Quest", 2 * 640 / 16),
+        # a key for each of the two halves of each halving: of chunks of 256, 32 and 8 tokens
+        ("InfiniteHiP", 640 / 256 * 9 + 640 / 32 * 6 + 256 / 8 * 4),
+    ],
+)
+def test_what_a_method_reads_is_counted_by_hand(name: str, keys: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, key = (torch.randn(n, 1, 8, generator=generator) for n in (1, 640))
+    stored = LayerKV.empty(640, key, key)
+    stored.write(0, key[:639], key[:639])
+    by_it = kept.Kept(kept.METHODS[name], kept.Sizes(32, 32, 64))
+    by_it.steps(0, query, stored, 639)
+    exact = 32 + 32 + (0 if name == "stream" else 64)
+    assert by_it.share_read == pytest.approx((2 * exact + keys) / (2 * 640))
+
+
+def test_a_task_with_several_answers_is_for_a_server(refused: Callable[..., str]) -> None:
+    said = refused("methods", "--task", "variables", "--documents", "1")
+    assert "5 in any order; ask a server" in said
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,16 @@ def test_a_chain_is_handed_on_in_order(tokenizer: Tokenizer) -> None:
             assert made.text[round(depth * len(made.text)) :].startswith(f"Let {name} be ")
 
 
+def test_who_lists_both_chains_has_followed_none(tokenizer: Tokenizer) -> None:
+    made, (task,) = sample(tokenizer, "variables"), TASKS.tasks_of(["variables"])
+    assert len(made.wrong) == 5
+    assert not {*made.wrong} & {*made.answers}
+    assert task.score(made, " ".join(made.answers)) == 1
+    assert task.score(made, " ".join([*made.answers, made.wrong[0]])) == pytest.approx(0.8)
+    assert task.score(made, " ".join([*made.answers, *made.wrong])) == 0
+    assert task.score(made, " ".join(made.wrong)) == 0
+
+
 def counted(text: str) -> Counter[str]:
     _, *lines, _, _ = text.splitlines()
     return Counter(" ".join(lines).split())

@@ -21,8 +21,8 @@ def test_an_area_by_hand() -> None:
     assert hypervolume([(0.0, 0.0)], (1.0, 1.0)) == pytest.approx(6)
 
 
-def test_chance_begins_where_the_search_does() -> None:
-    space = Space.of(HipConfig(), layers=2)
+def test_chance_begins_with_what_one_would_try_by_hand() -> None:
+    space = Space.of(HipConfig(), layers=2, prompt=8192)
     start = space.uniform()
     assert drawn(space, 3, seed=0) == start[:3]
     more = drawn(space, len(start) + 5, seed=0)
@@ -43,5 +43,5 @@ def test_a_small_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "trained", *more, "--json"]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])["values"]
     assert 0 < values["balanced.kl"] < values["paper.kl"]
-    # the first ones are the same for both
-    assert values["hypervolume.ratio"] == pytest.approx(1)
+    # chance begins with dense layers, the search with what each layer is worth
+    assert values["hypervolume.ratio"] > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,16 @@ def tune(model: Path, text: Path, out: Path, *more: str) -> int:
 def test_it_writes_configurations_that_a_server_takes(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # a user's own file stays, one of an earlier search does not
+    mine, old = (tmp_path / name for name in ("config-mine.json", "config-99.json"))
+    for file in (mine, old):
+        file.write_text("{}")
     assert tune(model, text, tmp_path) == 0
     report = json.loads((tmp_path / tuning.REPORT).read_text())
     found = report["configurations"]
     assert len(found) >= 2
+    assert mine.exists()
+    assert not old.exists()
     for one in found:
         config = HipConfig.load(str(tmp_path / one["file"]))
         assert config.budget == 256
@@ -90,7 +97,11 @@ def test_a_search_that_was_ended_goes_on(
     [
         (["--lengths", "512,1K,2K"], "give one or two lengths"),
         (["--lengths", "8"], "each more than twice --steps"),
-        (["--lengths", "1M"], "give more text, or shorter --lengths"),
+        (["--lengths", "1M"], "give more text, or shorter documents"),
+        # before a search that would end with it
+        (["--lengths", "512,8K"], "give more text, or shorter documents"),
+        (["--lengths", "512,128K"], "positions, and a document of 131,072 tokens takes more"),
+        (["--hip-config", '{"budget": 1024}'], "pruning begins at"),
         (["--hip-config", '{"preset": "dense"}'], "prunes nothing"),
         (["--hip-config", '{"budgt": 1}'], "did you mean budget?"),
         (["--data", "/absent.txt"], "the document /absent.txt cannot be read"),
@@ -116,7 +127,9 @@ def test_another_search_in_the_same_folder_is_refused(
     assert tune(model, text, tmp_path, "--trials", "2") == 0
     capsys.readouterr()
     assert tune(model, text, tmp_path, "--seed", "1") == 2
-    assert "holds another search; give another --out" in capsys.readouterr().err
+    assert (
+        "was begun with seed=0, and this is seed=1; give another --out" in capsys.readouterr().err
+    )
 
 
 def test_a_directory_without_a_model_is_one_line(
@@ -124,3 +137,29 @@ def test_a_directory_without_a_model_is_one_line(
 ) -> None:
     assert tune(tmp_path, text, tmp_path / "out") == 2
     assert "has no model to load" in capsys.readouterr().err
+
+
+def test_half_a_model_is_one_line(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert tune(half, text, tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "has no model to load" in line
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_again_is_another_search(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = tmp_path / "model"
+    shutil.copytree(model, ours)
+    assert tune(ours, text, tmp_path / "out", "--trials", "2") == 0
+    capsys.readouterr()
+    weights = ours / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4096] + bytes(4096))
+    assert tune(ours, text, tmp_path / "out", "--trials", "2") == 2
+    assert "was begun with fingerprint=" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from hip_sglang.tune.space import Genes, Space
 
 # beyond it nothing counts
 WORST = (9.0, 1.1)
-SPACE = Space.of(HipConfig.load({"budget": 1024}), layers=12)
+PROMPT = 1 << 20
+SPACE = Space.of(HipConfig.load({"budget": 1024}), layers=12, prompt=PROMPT)
 
 
 def judge(genes: Genes) -> Values:
@@ -41,7 +42,7 @@ def test_layers_are_grouped_in_order() -> None:
     assert len(SPACE.uniform()) == 4 + (5 + 2) * 3 * 2 - 1
     # and three of each group
     assert len(SPACE.start()) == len(SPACE.uniform()) + 8 * 3
-    assert Space.of(HipConfig(), layers=2).groups == ((0,), (1,))
+    assert Space.of(HipConfig(), layers=2, prompt=PROMPT).groups == ((0,), (1,))
 
 
 def test_genes_become_a_configuration() -> None:
@@ -80,18 +81,34 @@ def test_a_search_begins_with_what_each_group_is_worth() -> None:
 def test_a_second_look_is_not_searched_for_where_there_should_be_none(
     config: dict[str, object],
 ) -> None:
-    space = Space.of(HipConfig.load(config), layers=2)
+    space = Space.of(HipConfig.load(config), layers=2, prompt=PROMPT)
     plans = [space.config(genes).layer_plan(0) for genes in space.start()]
     assert {plan.pages.second_look for plan in plans} == {HipConfig.load(config).second_look}
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"preset": "dense"}, "prunes nothing"), ({"dense_layers": [0]}, "leave them out")],
+    [
+        ({"preset": "dense"}, "prunes nothing"),
+        ({"dense_layers": [0]}, "leave them out"),
+        ({"budget": 4096}, "pruning begins at 5,248"),
+    ],
 )
 def test_what_leaves_nothing_to_find_is_refused(config: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Space.of(HipConfig.load(config), layers=4)
+        Space.of(HipConfig.load(config), layers=4, prompt=4096)
+
+
+def test_what_is_given_is_tried_as_it_is() -> None:
+    given = HipConfig.load({"refresh": 16, "top_p": 0.7, "second_look": 5})
+    (first, *_) = Space.of(given, layers=2, prompt=PROMPT).start()
+    assert [first[f"{name}.1"] for name in ("refresh", "top_p", "second_look")] == [16, 0.7, 5]
+
+
+def test_no_budget_leaves_all_layers_dense() -> None:
+    budgets = Space.of(HipConfig(), layers=2, prompt=4032).options()["budget.0"]
+    # with one of 4,096 tokens nobody would prune before the 5,248th
+    assert budgets == [256, 512, 1024, 2048]
 
 
 def test_a_front_is_what_nothing_is_better_than() -> None:
@@ -110,15 +127,15 @@ def test_it_finds_more_than_chance(tmp_path: Path, seed: int) -> None:
 
 def test_nothing_is_tried_twice(tmp_path: Path) -> None:
     found = searched(tmp_path / "trials.jsonl", judge, 240, seed=2)
-    assert len({str(trial.genes) for trial in found}) == 240
+    assert len({SPACE.config(trial.genes) for trial in found}) == 240
 
 
 def test_a_small_space_ends_a_search(tmp_path: Path) -> None:
-    small = Space.of(HipConfig.load({"preset": "paper", "window": 64, "budget": 64}), layers=1)
+    small = Space.of(HipConfig.load({"preset": "paper", "window": 64, "budget": 64}), 1, PROMPT)
     with closing(Trials(tmp_path / "trials.jsonl")) as trials:
         found = search(small, judge_small, 10_000, trials)
-    # budgets of one and two pages, top_p, refresh, and dense
-    assert 40 < len(found) <= 2 * 4 * 4 * 2
+    # budgets of one and two pages, top_p and refresh; or dense
+    assert 20 < len(found) <= 2 * 4 * 4 + 1
 
 
 def judge_small(genes: Genes) -> Values:
