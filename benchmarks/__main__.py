@@ -50,6 +50,7 @@ METHODS = [
     *(["--page-size", "16", "--context", f"{256 * n}", "--share", f"{1 / n}"] for n in (4, 8)),
     ["--page-size", "16", "--contest", "ablation"],
     ["--page-size", "16", "--own-prefill"],
+    ["--page-size", "16", "--whole"],
     *(
         ["--page-size", "16", "--task", "multikey2", "--documents", documents, "--share", share]
         for documents, share in (("500", "0.125"), ("60", "0.0625"), ("60", "0.25"))
@@ -110,6 +111,7 @@ PROFILES: dict[str, Plan] = {
             for n in (16384, 65536, 131072)
             for task in ("quotes", "needle_context")
         ),
+        ("methods", ["--task", "needle", "--documents", "20", "--own-prefill"]),
         *(
             (EVAL, ["--tasks", tasks, "--lengths", lengths, "--samples", samples, *more])
             for tasks, lengths, samples, more in EVALUATIONS

@@ -1,7 +1,8 @@
 """Which method is nearest to dense, when all attend exactly to as many tokens?
 
 A model reads documents densely, and is asked their last tokens again, as decode steps, under each
-method; with --own-prefill it reads them under each configuration of ours, and is asked densely. How
+method; with --own-prefill it reads them under each configuration of ours, and is asked densely, or,
+with --whole, under the same. How
 far is its next-token distribution from dense (KL divergence), how often is its first choice
 dense's, how often does it give the answer where there is one, and what share of the KV does a step
 read? Sink, window and budget together are a share of the context, the same for all.
@@ -40,12 +41,17 @@ Samples = dict[str, dict[str, list[float]]]
 
 
 def run(
-    teacher: Teacher, asked: list[Asked], contest: Mapping[str, Contestant], *, own_prefill: bool
+    teacher: Teacher,
+    asked: list[Asked],
+    contest: Mapping[str, Contestant],
+    *,
+    reads: bool,
+    steps: bool,
 ) -> Samples:
     """Samples by method and metric, one a document.
 
-    Documents are read densely, and asked by each method; or read by each, and asked densely. Dense
-    itself is the first method.
+    What each method does itself: whether it reads documents, and whether it is asked; elsewise that
+    is dense. Dense itself is the first method.
     """
     dense = plans_of(HipConfig(preset="dense"), teacher)
     found: Samples = {}
@@ -60,10 +66,9 @@ def run(
         document = shared
         said = teacher.ask(document, one.tail, dense)
         for name, attention in {DENSE: dense, **contest}.items():
-            if own_prefill:
+            if reads:
                 document = teacher.read(one.ids, attention, len(one.tail))
-                attention = dense
-            other = teacher.ask(document, one.tail, attention)
+            other = teacher.ask(document, one.tail, attention if steps else dense)
             choices = other.argmax(-1)
             metrics = {
                 "kl": float(divergence(said, other).mean()),
@@ -75,8 +80,8 @@ def run(
                 found.setdefault(name, {}).setdefault(metric, []).append(value)
         print(f"document {number} of {len(asked)}", file=sys.stderr, flush=True)
     for name in found:
-        steps = dense if own_prefill or name == DENSE else contest[name]
-        found[name]["read"] = [steps.share_read]
+        stepped = contest[name] if steps and name != DENSE else dense
+        found[name]["read"] = [stepped.share_read]
     return found
 
 
@@ -95,6 +100,7 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="each reads documents itself, and all are asked densely",
     )
+    parser.add_argument("--whole", action="store_true", help="each reads, and is asked, itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_output()
     args = parser.parse_args(argv)
@@ -110,13 +116,16 @@ def main(argv: list[str]) -> int:
         tokenizer = tokenizer_of(directory)
         asked = questions(args, tokenizer, texts)
         teacher = Teacher(directory)
-        contest = contestants(args.contest, sizes, teacher, own_prefill=args.own_prefill)
-        samples = run(teacher, asked, contest, own_prefill=args.own_prefill)
+        reads = args.own_prefill or args.whole
+        contest = contestants(args.contest, sizes, teacher, own_prefill=reads)
+        steps = args.whole or not args.own_prefill
+        samples = run(teacher, asked, contest, reads=reads, steps=steps)
     shape = {
         "model": name_of(args.model),
         "contest": args.contest, "task": args.task, "context": args.context, "share": args.share,
         "steps": None if args.task else args.steps, "documents": args.documents,
-        "own_prefill": args.own_prefill, "seed": args.seed, "sizes": vars(sizes),
+        "own_prefill": reads, "seed": args.seed, "sizes": vars(sizes),
+        **({"whole": True} if args.whole else {}),
     }  # fmt: skip
     report(shape, samples, as_json=args.json, keep=args.save)
     return 0

@@ -11,6 +11,7 @@ from .quality import (
     choice_block,
     eval_section,
     fidelity_section,
+    found_block,
     methods_block,
     methods_section,
     overview_block,
@@ -42,6 +43,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "beam": lambda: synthetic_block(FAR),
     "choice": choice_block,
     "overview": overview_block,
+    "found": found_block,
     "ablation": lambda: methods_block("ablation"),
 }
 WITH_BLOCKS = ("README.md", "docs/algorithm.md")

@@ -110,6 +110,34 @@ def overview_block() -> list[str]:
     return [table(head, rows)] if rows else []
 
 
+def found_block() -> list[str]:
+    """What each method answers right, a row for each task, length and share."""
+    paired = "ours", "ours, second look of 8"
+    others = "dense", "HiP as published", "InfiniteHiP", "Quest", "mean keys", "oracle"
+    rows = []
+    for config, row, metrics in sorted(runs("methods"), key=lambda run: shape_of(run[0])):
+        if config["contest"] == "methods" and config["task"] and not config["own_prefill"]:
+            right = {
+                name: f"{100 * float(metrics[f'{name}.right.mean']['p50']):.1f}"
+                for name in (*others, *paired)
+            }
+            for name in paired:
+                gain, low, high = (
+                    100 * float(metrics[f"{name}.{of}.mean"]["p50"])
+                    for of in ("gain", "gain_low", "gain_high")
+                )
+                right[name] += f" ({gain:+.1f}: {low:+.1f} to {high:+.1f})"
+            shape = [config["model"], config["task"], f"{config['context']:,}"]
+            shape += [f"{config['share']:.1%}", str(page_of(config)), str(config["documents"])]
+            rows.append([*shape, *right.values(), where(row)])
+    head = ["model", "task", "tokens", "attended exactly", "page", "questions"]
+    return [
+        "Right, % (in brackets points over dense, with their 95% interval); questions after a "
+        "prompt that was read densely.",
+        table([*head, *others, *paired, "where"], rows),
+    ]
+
+
 def shape_of(config: dict[str, Any]) -> tuple[str, int, int, float]:
     """What runs are put in order by."""
     return config["model"], -config["context"], page_of(config), config["share"]
@@ -121,6 +149,7 @@ def methods_words(config: dict[str, Any]) -> str:
     else:
         asked = f"{config['documents']} documents, the last {config['steps']} tokens of each asked"
     read = "by each itself, asked densely" if config["own_prefill"] else "densely"
+    read = "and asked by each itself" if config.get("whole") else read
     return (
         f"{config['model']}: {asked}; {config['context']:,} tokens, read {read}, "
         f"{config['share']:.1%} attended exactly by all; our pages have {page_of(config)} tokens."

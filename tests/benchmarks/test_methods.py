@@ -201,6 +201,12 @@ def test_prompts_that_each_reads_itself(bench: Callable[..., dict[str, Any]]) ->
     # nobody else's method reads prompts
     assert set(found) == {"dense", *contest.OURS}
     assert 0 < found["ours"]["kl"] < found["HiP as published"]["kl"]
+    assert found["ours"]["read"] == 1
+    # and is asked by itself, which is farther
+    whole = bench("methods", "--whole", *asked[1:])["values"]
+    assert set(whole) == set(found)
+    assert found["ours"]["kl"] < whole["ours"]["kl"] < whole["HiP as published"]["kl"]
+    assert whole["ours"]["read"] < 1
 
 
 def test_how_cost_grows_is_a_slope() -> None:
