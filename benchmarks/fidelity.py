@@ -3,17 +3,20 @@
 Synthetic: the relative L2 error of one decode step against dense, at equal budget: ours, HiP as
 published (paper), the truly best tokens (oracle) and sink and window alone (stream). With
 --model: the built-in retrieval model continues quotes from a document, token by token with the
-right past given, under each configuration and under keep-all.
+right past given, under each configuration, InfiniteHiP's stages with as many tokens as the first
+of them, and under keep-all.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from hip_kernels.layout import PAGE_SIZE
 from hip_kernels.stored import PagedKV
 
 from hip_sglang.config import HipConfig, LayerPlan
@@ -21,11 +24,12 @@ from hip_sglang.demo.architecture import OFFSETS
 
 from .arguments import Parser, at_least, given_of
 from .attention import Case
+from .kept import METHODS, Kept, Sizes
 from .retrieval import MAX_CONTEXT, MIN_CONTEXT, Task, right_tokens
 from .rows import save
 from .synthetic import GENERATORS, LENGTH, SHORTEST, TOPIC, Context
 
-KEEP_ALL = "keep_all"
+KEEP_ALL, INFINITE = "keep_all", "InfiniteHiP"
 DEFAULT_CONFIGS = (None, '{"preset": "paper"}', '{"remainder": "log_cosh"}')
 
 
@@ -60,6 +64,12 @@ def synthetic(config: HipConfig, seeds: int, length: int) -> dict[str, dict[str,
         samples = [errors(make(seed, length), plan, paper) for seed in range(seeds)]
         found[name] = {who: [sample[who] for sample in samples] for who in samples[0]}
     return found
+
+
+def others_like(config: HipConfig) -> dict[str, Kept]:
+    """A method that is no configuration, with as many tokens, those of the query's page, too."""
+    sizes = Sizes(config.sink, config.window + PAGE_SIZE, config.budget)
+    return {INFINITE: Kept(METHODS[INFINITE], sizes)}
 
 
 def label(config: HipConfig) -> str:
@@ -119,8 +129,11 @@ def main(argv: list[str]) -> int:
             for context in args.context
             for tokens in args.quote_tokens
         ]
-        named = {label(config): config for config in configs}
-        for task, right in right_tokens(tasks, {**named, KEEP_ALL: HipConfig(preset="dense")}):
+        dense = {KEEP_ALL: HipConfig(preset="dense")}
+        configured = {label(config): config for config in configs}
+        others = others_like(configs[0])
+        named = [*configured, *others]
+        for task, right in right_tokens(tasks, {**configured, **dense}, others):
             report_model(task, right, named, args.save)
             values["model"][task.name] = {"steps": task.steps, **right}
             ratios |= {
@@ -161,9 +174,7 @@ def run_synthetic(
     return means
 
 
-def report_model(
-    task: Task, right: dict[str, int], named: dict[str, HipConfig], keep: bool
-) -> None:
+def report_model(task: Task, right: dict[str, int], named: Sequence[str], keep: bool) -> None:
     """Print and keep how many next tokens were right, of one task."""
     said = ", ".join(f"{name} {count}" for name, count in right.items())
     print(f"{task}: right of {task.steps} next tokens: {said}", flush=True)

@@ -25,8 +25,10 @@ from hip_sglang.demo.exact import ExactDocument, ExactModel, Steps
 from hip_sglang.demo.model import write_model
 from hip_sglang.demo.quotes import pick_quotes
 from hip_sglang.demo.vocabulary import Tokenizer, load_tokenizer
+from hip_sglang.tune.teacher import LayerKV
 
 from .attention import Case
+from .kept import Kept
 
 MAX_CONTEXT = MAX_POSITION
 # tokens after the document, beside those that continue a quote
@@ -78,11 +80,14 @@ class Cache:
             case.kv.value[self._tokens : end] = steps.values[:, self._tokens :].transpose(0, 1)
             case.summarize(self._tokens // PAGE_SIZE, end // PAGE_SIZE)
 
-    def attend(self, steps: Steps, plan: LayerPlan) -> Tensor:
+    def attend(self, steps: Steps, way: LayerPlan | Kept) -> Tensor:
         """Layer 1's output [S, QUERY_HEADS, HEAD_DIM], each step a decode step of its own."""
-        case = self._cases[plan.means]
+        if isinstance(way, Kept):
+            stored = LayerKV(next(iter(self._cases.values())).kv, {})
+            return way.steps(_LAYER, steps.queries, stored, int(steps.visible[0]) - 1)
+        case = self._cases[way.means]
         outputs = [
-            replace(case, context=visible).ours(plan)(query[None])
+            replace(case, context=visible).ours(way)(query[None])
             for visible, query in zip(steps.visible.tolist(), steps.queries, strict=True)
         ]
         return torch.cat(outputs)
@@ -102,14 +107,14 @@ def library_document(tokenizer: Tokenizer, tokens: int) -> Document:
 
 @torch.no_grad()
 def right_tokens(
-    tasks: Sequence[Task], configs: Mapping[str, HipConfig]
+    tasks: Sequence[Task], configs: Mapping[str, HipConfig], others: Mapping[str, Kept]
 ) -> Iterator[tuple[Task, dict[str, int]]]:
-    """How many next tokens each configuration gets right, task by task.
+    """How many next tokens each configuration, and each other method, gets right, task by task.
 
-    All configurations answer the same steps. Raises ValueError where a document has too few
-    places to quote from.
+    All answer the same steps. Raises ValueError where a document has too few places to quote from.
     """
     plans = {name: config.layer_plan(_LAYER) for name, config in configs.items()}
+    ways: dict[str, LayerPlan | Kept] = {**plans, **others}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         model, tokenizer = ExactModel(Path(folder)), load_tokenizer(Path(folder))
@@ -120,7 +125,7 @@ def right_tokens(
         exact = ExactDocument.of(model, document.ids)
         cache = Cache(exact, room, {plan.means for plan in plans.values()})
         for task in group:
-            right = dict.fromkeys(plans, 0)
+            right = dict.fromkeys(ways, 0)
             quotes = pick_quotes(
                 document, tokenizer, task.quotes,
                 quote_tokens=task.quote_tokens, continuation=task.new,
@@ -128,7 +133,7 @@ def right_tokens(
             for quote in quotes:
                 steps = exact.teacher_forced(quote.suffix_ids, quote.expected_ids)
                 cache.write(steps)
-                for name, plan in plans.items():
-                    logits = model.logits(steps.residual, cache.attend(steps, plan))
+                for name, way in ways.items():
+                    logits = model.logits(steps.residual, cache.attend(steps, way))
                     right[name] += int((logits.argmax(-1) == steps.expected).sum())
             yield task, right

@@ -106,6 +106,7 @@ def test_the_model_is_asked_under_every_configuration(
     small, forgetful = (fidelity.label(HipConfig.load(each)) for each in (SMALL, blind))
     assert counts["steps"] == counts["keep_all"] == counts[small] == 12
     assert counts[forgetful] < 12
+    assert 0 <= counts["InfiniteHiP"] <= 12
     share = found["ratios"][f"quotes_32_at_4096_{forgetful}_share"]
     assert share == pytest.approx(counts[forgetful] / 12, abs=1e-4)
 
@@ -124,12 +125,16 @@ def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
     little = {"budget": 64, "window": 64, "dense_threshold": 0}
     through_nodes = {**little, "node_threshold": 0, "beam": 512}
     plans = [HipConfig.load(each).layer_plan(1) for each in (little, through_nodes)]
+    kept = load_bench("kept")
+    all_of_it = kept.Kept(kept.METHODS["InfiniteHiP"], kept.Sizes(64, 64, 1 << 14))
     # a quote's tail takes the place of the one before
     for quote in pick_quotes(document, tokenizer, 2, continuation=160):
         steps = exact.teacher_forced(quote.suffix_ids, quote.expected_ids)
         cache.write(steps)
         last = replace(steps, queries=steps.queries[-1:], visible=steps.visible[-1:])
         torch.testing.assert_close(cache.attend(last, dense), attend_densely(last)[0])
+        # all steps of a quote at once
+        torch.testing.assert_close(cache.attend(steps, all_of_it), attend_densely(steps)[0])
         # a query that finds all keys alike sees every summary
         alike = replace(last, queries=torch.zeros_like(last.queries))
         afresh = PagedKV(*(page_aligned(x) for x in (steps.keys, steps.values)))
