@@ -39,6 +39,7 @@ REMAINDERS = [
 BEAMS = ["{}", *(f'{{"node_threshold": 131072, "beam": {2**n}}}' for n in (16, 15, 14, 13))]
 # prunes contexts of 4,096 tokens to an eighth
 SHORT = '{"dense_threshold": 0, "window": 128, "budget": 256}'
+FAR_AND_NEAR = (16384, 32768, 65536, 131072)
 LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}']
 # pages of 64 are a handful at this length: 16 first, where everything is a share of the context
 METHODS = [
@@ -86,7 +87,10 @@ PROFILES: dict[str, Plan] = {
         ),
         (
             "fidelity",
-            ["--seeds", "0", "--model", *(f"--hip-config={config}" for config in LOOKS)],
+            [
+                *("--seeds", "0", "--model", "--context", *map(str, FAR_AND_NEAR)),
+                *(f"--hip-config={config}" for config in LOOKS),
+            ],
         ),
         *(("methods", ["--model", "trained", "--documents", "20", *more]) for more in METHODS),
         *(("tuning", ["--model", "trained", "--page-size", size]) for size in ("64", "16")),
@@ -108,7 +112,7 @@ PROFILES: dict[str, Plan] = {
                     f"{DEFAULT / n}",
                 ],
             )
-            for n in (16384, 65536, 131072)
+            for n in (16384, 65536)
             for task in ("quotes", "needle_context")
         ),
         ("methods", ["--task", "needle", "--documents", "20", "--own-prefill"]),

@@ -51,20 +51,22 @@ def contexts_of(metrics: dict[str, dict[str, str]]) -> list[str]:
 
 def choice_block() -> list[str]:
     """Right next tokens of the built-in model."""
+    asked = [run for run in runs("fidelity") if run[0]["part"] == "model"]
     rows = []
-    for config, row, metrics in runs("fidelity"):
-        if config["part"] == "model":
-            right, dense = (int(float(metrics[m]["p50"])) for m in ("right", "right.keep_all"))
-            task = f"{config['context']:,}, {config['quotes']} quotes of {config['quote_tokens']}"
-            steps = config["quotes"] * config["new"]
-            counts = [f"{right} of {steps}", f"{dense} of {steps}", f"{right / dense:.3f}"]
-            rows.append([task, f"`{config['hip']}`", *counts, where(row)])
+    for config, row, metrics in sorted(
+        asked, key=lambda run: (run[0]["context"], -run[0]["quote_tokens"])
+    ):
+        right, dense = (int(float(metrics[m]["p50"])) for m in ("right", "right.keep_all"))
+        task = f"{config['context']:,}, {config['quotes']} quotes of {config['quote_tokens']}"
+        steps = config["quotes"] * config["new"]
+        counts = [f"{right} of {steps}", f"{dense} of {steps}", f"{right / dense:.3f}"]
+        rows.append([task, f"`{config['hip']}`", *counts, where(row)])
     if not rows:
         return []
     return [
         "`hip-sglang bench fidelity --model`: right next tokens of the built-in model, the right "
         "past given; decode steps of the layer that finds the quote, on keys that were read "
-        "densely.",
+        "densely. InfiniteHiP's stages have as many tokens as `balanced`.",
         table(["context, quotes", "configuration", "right", "keep-all", "share", "where"], rows),
     ]
 
