@@ -101,16 +101,7 @@ PROFILES: dict[str, Plan] = {
         *(
             (
                 "methods",
-                [
-                    "--task",
-                    task,
-                    "--documents",
-                    "10",
-                    "--context",
-                    f"{n}",
-                    "--share",
-                    f"{DEFAULT / n}",
-                ],
+                ["--task", task, "--documents", "10", f"--context={n}", f"--share={DEFAULT / n}"],
             )
             for n in (16384, 65536)
             for task in ("quotes", "needle_context")

@@ -15,6 +15,7 @@ from .quality import (
     methods_block,
     methods_section,
     overview_block,
+    quality_words,
     synthetic_block,
     trained_section,
     tuning_section,
@@ -38,7 +39,7 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 BLOCKS: dict[str, Callable[[], list[str]]] = {
-    "demo": lambda: [demo_words(), demo_table(), attention_words()],
+    "demo": lambda: [demo_words(), demo_table(), attention_words(), quality_words()],
     "remainder": lambda: synthetic_block(LENGTH),
     "beam": lambda: synthetic_block(FAR),
     "choice": choice_block,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from . import saved
-from .saved import page_of, runs, table, where
+from .saved import Run, page_of, runs, table, where
 
 
 def fidelity_section() -> list[str]:
@@ -69,6 +69,30 @@ def choice_block() -> list[str]:
         "densely. InfiniteHiP's stages have as many tokens as `balanced`.",
         table(["context, quotes", "configuration", "right", "keep-all", "share", "where"], rows),
     ]
+
+
+def quality_words() -> str:
+    """What the built-in model gets right by several methods, where most was asked."""
+    told = {"balanced": "ours", "InfiniteHiP": "InfiniteHiP's stages", "paper": "HiP as published"}
+    found: dict[tuple[int, int], dict[str, Run]] = {}
+    for run in runs("fidelity"):
+        if run[0]["part"] == "model" and run[0]["hip"] in told:
+            shape = run[0]["context"], run[0]["quote_tokens"]
+            found.setdefault(shape, {})[run[0]["hip"]] = run
+    whole = [shape for shape, by in found.items() if set(by) == set(told)]
+    if not whole:
+        return ""
+    context, tokens = max(whole)
+    by = found[context, tokens]
+    config, row, metrics = by["balanced"]
+    steps = config["quotes"] * config["new"]
+    dense = f"{float(metrics['right.keep_all']['p50']):.0f}"
+    right = (f"{name} {float(by[hip][2]['right']['p50']):.0f}" for hip, name in told.items())
+    return (
+        f"Of {steps} next tokens, in quotes of {tokens} that the built-in model continues in "
+        f"decode steps over {context:,} tokens, dense attention gets {dense} right; with as many "
+        f"tokens attended exactly by each, {', '.join(right)} ({where(row)})."
+    )
 
 
 def methods_section() -> list[str]:

@@ -139,6 +139,18 @@ def test_means_and_right_tokens_are_shown(write: ModuleType) -> None:
     assert "| 32,768, 50 quotes of 16 | `paper` | 600 of 800 | 800 of 800 | 0.750 |" in text
 
 
+def test_the_longest_context_that_all_were_asked_is_told(write: ModuleType) -> None:
+    assert write.quality_words() == ""
+    for context in (32768, 131072):
+        for hip, right in (("balanced", 790.0), ("InfiniteHiP", 500.0), ("paper", 100.0)):
+            if (context, hip) != (131072, "paper"):
+                shape = {**MODEL, "context": context, "hip": hip}
+                save("fidelity", shape, right=[right], right__keep_all=[800.0])
+    told = write.quality_words()
+    assert "over 32,768 tokens, dense attention gets 800 right" in told
+    assert "ours 790, InfiniteHiP's stages 500, HiP as published 100" in told
+
+
 def test_a_file_has_its_block_as_the_rows_say(
     write: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
