@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tune(model: Path, text: Path, out: Path, *more: str) -> int:
     given = ["tune", str(model), "--data", str(text), "--out", str(out), *SMALL, *HIP]
-    return run([*given, *(more or ("--trials", "30"))])
+    return run([*given, *(more or ("--trials", "20"))])
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_a_search_that_was_ended_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tune(model, text, tmp_path / "whole") == 0
-    assert tune(model, text, tmp_path / "parts", "--trials", "12") == 0
+    assert tune(model, text, tmp_path / "parts", "--trials", "8") == 0
     before = lines(tmp_path / "parts")
     judged: list[object] = []
     judge = tuning.Judge.__call__
@@ -86,7 +86,7 @@ def test_a_search_that_was_ended_goes_on(
     for name in (tuning.TRIALS, tuning.REPORT):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
     assert lines(tmp_path / "parts") == before + len(judged)
-    assert len((tmp_path / "parts" / tuning.TRIALS).read_text().splitlines()) == 30
+    assert len((tmp_path / "parts" / tuning.TRIALS).read_text().splitlines()) == 20
     judged.clear()
     assert tune(model, text, tmp_path / "parts") == 0
     assert judged == []
