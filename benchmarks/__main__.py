@@ -44,7 +44,7 @@ LOOKS = ["{}", '{"second_look": 1}', '{"second_look": 0}', '{"preset": "paper"}'
 # pages of 64 are a handful at this length: 16 first, where everything is a share of the context
 METHODS = [
     *(["--page-size", "16", "--share", share] for share in ("0.03125", "0.0625", "0.125", "0.25")),
-    *(["--page-size", "16", "--seed", seed] for seed in ("1", "4")),
+    *(["--page-size", size, "--seed", seed] for size in ("16", "64") for seed in ("1", "4")),
     ["--page-size", "32"],
     *(["--page-size", "64", "--share", share] for share in ("0.0625", "0.125", "0.25")),
     # as many tokens at any length
