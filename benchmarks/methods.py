@@ -63,11 +63,9 @@ def run(
         kept = next(differ, min(len(before), len(one.ids)))
         teacher.read_on(shared, kept, one.ids[kept:], dense)
         before = one.ids
-        document = shared
-        said = teacher.ask(document, one.tail, dense)
+        said = teacher.ask(shared, one.tail, dense)
         for name, attention in {DENSE: dense, **contest}.items():
-            if reads:
-                document = teacher.read(one.ids, attention, len(one.tail))
+            document = teacher.read(one.ids, attention, len(one.tail)) if reads else shared
             other = teacher.ask(document, one.tail, attention if steps else dense)
             choices = other.argmax(-1)
             metrics = {
@@ -95,12 +93,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--share", type=float, default=1 / 8, help="of it that is attended exactly")
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--steps", type=int, default=64, help="tokens of a text that are asked")
-    parser.add_argument(
+    itself = parser.add_mutually_exclusive_group()
+    itself.add_argument(
         "--own-prefill",
         action="store_true",
         help="each reads documents itself, and all are asked densely",
     )
-    parser.add_argument("--whole", action="store_true", help="each reads, and is asked, itself")
+    itself.add_argument("--whole", action="store_true", help="each reads, and is asked, itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_output()
     args = parser.parse_args(argv)
@@ -118,8 +117,7 @@ def main(argv: list[str]) -> int:
         teacher = Teacher(directory)
         reads = args.own_prefill or args.whole
         contest = contestants(args.contest, sizes, teacher, own_prefill=reads)
-        steps = args.whole or not args.own_prefill
-        samples = run(teacher, asked, contest, reads=reads, steps=steps)
+        samples = run(teacher, asked, contest, reads=reads, steps=not args.own_prefill)
     shape = {
         "model": name_of(args.model),
         "contest": args.contest, "task": args.task, "context": args.context, "share": args.share,

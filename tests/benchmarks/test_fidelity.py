@@ -106,13 +106,19 @@ def test_the_model_is_asked_under_every_configuration(
     small, forgetful = (fidelity.label(HipConfig.load(each)) for each in (SMALL, blind))
     assert counts["steps"] == counts["keep_all"] == counts[small] == 12
     assert counts[forgetful] < 12
-    assert 0 <= counts["InfiniteHiP"] <= 12
     share = found["ratios"][f"quotes_32_at_4096_{forgetful}_share"]
     assert share == pytest.approx(counts[forgetful] / 12, abs=1e-4)
 
     rows = [row for row in saved() if json.loads(row["config"])["hip"] == forgetful]
     right = {row["metric"]: float(row["p50"]) for row in rows}
     assert right == {"right": counts[forgetful], "right.keep_all": 12}
+    # another method has a row of its own
+    (other,) = (
+        float(row["p50"])
+        for row in saved()
+        if json.loads(row["config"])["hip"] == "InfiniteHiP" and row["metric"] == "right"
+    )
+    assert other == counts["InfiniteHiP"]
 
 
 def test_the_cache_holds_what_the_steps_hold(model_directory: Path) -> None:
